@@ -1,0 +1,65 @@
+# Two commands do everything on a fresh machine:
+#
+#   make bench    the main job: compare strategies on the bundled model
+#   make test     style, types and tests
+#
+# Both first create $(VENV). What goes into it can be chosen:
+#
+#   make test TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 VENV=.venv-old
+
+VENV = .venv
+TORCH = torch==2.13.0
+TRANSFORMERS = transformers>=5.7
+OLDEST = transformers==5.17.0
+PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+
+bin = $(VENV)/bin
+installed = $(VENV)/.installed
+wanted = $(TORCH) $(TRANSFORMERS)
+
+.PHONY: bench test test-oldest lint types format clean
+
+bench: $(installed)
+	$(bin)/vtc bench --model tiny-llava \
+		--spec fastervlm --spec divprune --spec todre --spec random --spec uniform --spec pool \
+		--keep 0.5,0.25,0.11 --limit 500 --out results/tiny-llava
+
+test: lint types
+	$(bin)/pytest
+
+# The quick tests again, under the oldest transformers that has to pass.
+test-oldest:
+	$(MAKE) pytest-quick VENV=.venv-oldest TRANSFORMERS='$(OLDEST)'
+
+pytest-quick: $(installed)
+	$(bin)/pytest -m 'not slow'
+
+lint: $(installed)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+# mypy cannot follow setup.cfg's package_dir, so show it the installed layout.
+types: $(installed)
+	@rm -rf build/types && mkdir -p build/types/vtc
+	@ln -s "$(CURDIR)"/vtc/* "$(CURDIR)/adapters" "$(CURDIR)/eval" build/types/vtc
+	$(bin)/mypy
+
+format: $(installed)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .venv .venv-oldest
+
+# Ask again for an install when other versions are wanted than those in the environment.
+$(shell [ "$$(cat $(installed) 2>/dev/null)" = '$(wanted)' ] || rm -f $(installed))
+
+# torch goes first, so that nothing that depends on it chooses another build.
+$(installed): setup.cfg pyproject.toml
+	@if [ -z '$(PYTHON)' ]; then echo 'vtc needs Python 3.10 or newer with venv: name one with PYTHON=...' >&2; exit 1; fi
+	@echo 'Installing into $(VENV): about a minute'
+	@$(PYTHON) -m venv $(VENV)
+	@$(bin)/pip install -qq --disable-pip-version-check '$(TORCH)'
+	@$(bin)/pip install -qq --disable-pip-version-check '$(TORCH)' '$(TRANSFORMERS)' -e '.[dev]'
+	@echo '$(wanted)' > $@
