@@ -18,7 +18,7 @@ bin = $(VENV)/bin
 installed = $(VENV)/.installed
 wanted = $(TORCH) $(TRANSFORMERS)
 
-.PHONY: bench test test-oldest lint types format clean
+.PHONY: bench test test-oldest pytest-quick lint types format clean
 
 bench: $(installed)
 	$(bin)/vtc bench --model tiny-llava \
@@ -39,10 +39,7 @@ lint: $(installed)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 
-# mypy cannot follow setup.cfg's package_dir, so show it the installed layout.
 types: $(installed)
-	@rm -rf build/types && mkdir -p build/types/vtc
-	@ln -s "$(CURDIR)"/vtc/* "$(CURDIR)/adapters" "$(CURDIR)/eval" build/types/vtc
 	$(bin)/mypy
 
 format: $(installed)
