@@ -1,0 +1,37 @@
+"""What is particular to a model family: where its parts are and how its visual tokens are laid out.
+
+An adapter knows no strategy and a strategy knows no family. `find` returns the adapter of a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from vtc.adapters.base import Adapter
+from vtc.errors import UnsupportedModelError
+
+# Class of the module that holds encoder, projector and language model -> the adapter, imported only when needed.
+FAMILIES = {
+    "LlavaModel": "vtc.adapters.llava.llava:LlavaAdapter",
+}
+
+
+def find(model: nn.Module) -> Adapter:
+    """The adapter of `model`, which may be wrapped (PEFT, a head, a container) at any depth.
+
+    Raises:
+        UnsupportedModelError: no supported vision-language model inside, or one whose parts are not as expected.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in FAMILIES:
+                path, _, name = FAMILIES[cls.__name__].partition(":")
+                return getattr(importlib.import_module(path), name)(module)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not a vision-language model that vtc supports; supported: {', '.join(FAMILIES)} "
+        "and whatever wraps one of them (for example LlavaForConditionalGeneration)"
+    )

@@ -1,0 +1,1 @@
+"""The LLaVA family."""

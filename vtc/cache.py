@@ -1,0 +1,106 @@
+"""What a compressed key-value cache must remember, kept on the cache itself.
+
+A compressed cache is shorter than the text it stands for. `generate` slices prompts and numbers positions by
+`get_seq_length()`, which must therefore count the dropped tokens too, while masks are built from `get_query_offset()`
+and the tensors' true lengths, which must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from vtc.errors import VtcError
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """The difference between the text and what a cache holds of it.
+
+    Attributes:
+        length: number of tokens the cache stands for, dropped ones included.
+        dropped: how many of them it does not hold.
+        floor: length up to which tokens were dropped; all that follow are held.
+        mask: `(B, length - dropped)` bool, which entries are real tokens; `None` if all are.
+        shift: `(B, 1)` int64, how far later positions move up (contiguous numbering); `None` if they do not.
+    """
+
+    length: int
+    dropped: int
+    floor: int
+    mask: Tensor | None
+    shift: Tensor | None
+
+
+def cache_state(cache: Any) -> CacheState | None:
+    """The state of a compressed cache; `None` for any other cache, an empty one, or no cache."""
+    return getattr(cache, "_vtc_state", None)
+
+
+def set_cache_state(cache: Any, state: CacheState) -> None:
+    """Make `cache` answer for its dropped tokens."""
+    if not isinstance(cache, _Compressed):
+        cache.__class__ = _compressed_class(type(cache))
+    cache._vtc_state = state
+
+
+class _Compressed:
+    """Mixed into the class of one cache object, once a compressed call has filled it."""
+
+    _vtc_state: CacheState | None
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        held = super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
+        return held if self._vtc_state is None else held + self._vtc_state.dropped
+
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> Any:
+        return super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
+
+    def crop(self, max_length: int) -> None:
+        """Shorten to the first `max_length` tokens of the text; a negative number removes that many."""
+        state = self._vtc_state
+        if state is None:
+            return super().crop(max_length)  # type: ignore[misc]
+        target = max_length if max_length >= 0 else state.length + max_length
+        if target >= state.length:
+            return None
+        if target < state.floor:
+            raise VtcError(
+                f"a compressed cache cannot be cropped to {target}: its prompt of {state.floor} tokens is compressed"
+            )
+        super().crop(target - state.dropped)  # type: ignore[misc]
+        mask = None if state.mask is None else state.mask[:, : target - state.dropped]
+        self._vtc_state = replace(state, length=target, mask=mask)
+        return None
+
+    def reset(self) -> None:
+        self._vtc_state = None
+        super().reset()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_rows(lambda x: x[indices])
+        super().batch_select_indices(indices)  # type: ignore[misc]
+
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        state = self._vtc_state
+        if state is not None:
+            mask = None if state.mask is None else function(state.mask)
+            shift = None if state.shift is None else function(state.shift)
+            self._vtc_state = replace(state, mask=mask, shift=shift)
+
+
+@lru_cache(maxsize=None)
+def _compressed_class(base: type) -> type:
+    return type(f"Compressed{base.__name__}", (_Compressed, base), {})

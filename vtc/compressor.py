@@ -1,0 +1,213 @@
+"""`Compressor` and `Scorer`: the base classes of every strategy, the registry, and the spec strings that name them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from vtc.errors import SpecError, did_you_mean
+from vtc.select import top_k
+from vtc.selection import Selection
+from vtc.visual import Encoder, Layout, Visual
+
+NEEDS = frozenset({"features", "cls", "received"})
+
+
+@dataclass(kw_only=True)
+class Compressor:
+    """A training-free strategy that decides which visual tokens survive.
+
+    Subclass it as a dataclass whose fields are the strategy's parameters, implement `select`, and put
+    `@vtc.register("name")` above it. The class needs a docstring whose first line says what it does.
+
+    Attributes:
+        keep: how many tokens survive per visual input (an image, or a clip): an int counts tokens, a float is a
+            fraction. `keep=1` is one token, `keep=1.0` is all of them.
+        positions: `"original"` keeps the survivors' position ids, `"contiguous"` numbers them without gaps. Text that
+            follows moves up accordingly. Strategies set the default to what their paper's code does.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # arXiv id
+    code: ClassVar[str] = ""  # repository of the official code, if there is one
+    site: ClassVar[str] = "input"
+
+    keep: int | float = 0.25
+    positions: Literal["original", "contiguous"] = "original"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if isinstance(self.keep, float) and not 0.0 < self.keep <= 1.0:
+            raise SpecError(f"keep={self.keep} is not a fraction: use 0 < keep <= 1.0, or a whole number of tokens")
+        if isinstance(self.keep, int) and self.keep < 1:
+            raise SpecError(f"keep={self.keep} keeps nothing: use at least 1 token, or a fraction 0 < keep <= 1.0")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `select` reads of a `Visual`: a subset of `features`, `cls`, `received`."""
+        return frozenset()
+
+    def layers(self, encoder: Encoder) -> tuple[int, ...]:
+        """0-based encoder layers whose saliency row is read, if `needs` says so. Default: the feature layer."""
+        return (encoder.feature_layer,)
+
+    def budget(self, layout: Layout) -> int:
+        """How many of `layout.tokens` survive: a function of sizes, never of content. At most `layout.tokens`."""
+        count = self.keep if isinstance(self.keep, int) else max(1, int(layout.tokens * self.keep + 0.5))
+        return min(count, layout.tokens)
+
+    def select(self, visual: Visual) -> Selection:
+        """Choose exactly `budget(visual.layout)` tokens of each of the `B` visual inputs."""
+        raise NotImplementedError(f"{type(self).__name__} must implement select(visual)")
+
+    def __str__(self) -> str:
+        """The spec that makes this compressor: `name:keep=...` and every parameter that differs from its default."""
+        parts = [f"keep={self.keep}"]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name != "keep" and value != _default(item):
+                parts.append(f"{item.name}={value}")
+        return f"{self.name}:{','.join(parts)}"
+
+    def _check_types(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not _fits(value, hints[item.name]):
+                raise SpecError(
+                    f"{self.name or type(self).__name__}: {item.name}={value!r} is not {_describe(hints[item.name])}"
+                )
+
+
+@dataclass(kw_only=True)
+class Scorer(Compressor):
+    """A strategy that gives every token a score and keeps the best; ties go to the lowest index."""
+
+    def score(self, visual: Visual) -> Tensor:
+        """`(B, N)` float: larger is kept."""
+        raise NotImplementedError(f"{type(self).__name__} must implement score(visual)")
+
+    def select(self, visual: Visual) -> Selection:
+        return Selection.keep(top_k(self.score(visual), self.budget(visual.layout)), visual.layout.tokens)
+
+
+C = TypeVar("C", bound=type[Compressor])
+_registry: dict[str, type[Compressor]] = {}
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Class decorator: make a `Compressor` available under `name` in specs, on the command line and in `available()`."""
+
+    def add(cls: C) -> C:
+        if name in _registry and _registry[name].__qualname__ != cls.__qualname__:
+            raise SpecError(f"a strategy named '{name}' is already registered: {_registry[name].__qualname__}")
+        if any(character in name for character in ":,=+ "):
+            raise SpecError(f"'{name}' cannot be a strategy name: it contains one of ':,=+' or a space")
+        cls.name = name
+        _registry[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> tuple[str, ...]:
+    """Names of all registered strategies, sorted."""
+    _load_strategies()
+    return tuple(sorted(_registry))
+
+
+def strategy(name: str) -> type[Compressor]:
+    """The class registered under `name`."""
+    _load_strategies()
+    if name not in _registry:
+        known = ", ".join(sorted(_registry))
+        raise SpecError(f"unknown strategy '{name}'{did_you_mean(name, _registry)}; known: {known}")
+    return _registry[name]
+
+
+def parse(spec: str) -> Compressor:
+    """The compressor that `spec` describes: `name` or `name:key=value,key=value`. `str()` of the result gives it back."""
+    name, _, rest = spec.partition(":")
+    cls = strategy(name.strip())
+    hints = get_type_hints(cls)
+    known = [item.name for item in fields(cls)]
+    values: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, text = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise SpecError(f"'{part}' in '{spec}' is not key=value")
+        if key not in known:
+            raise SpecError(f"{cls.name} has no key '{key}'{did_you_mean(key, known)}; known: {', '.join(known)}")
+        if key in values:
+            raise SpecError(f"'{key}' is given twice in '{spec}'")
+        values[key] = _read(text, hints[key], f"{cls.name}: {key}")
+    return cls(**values)
+
+
+def as_compressors(spec: str | Compressor | Iterable[str | Compressor]) -> tuple[Compressor, ...]:
+    """What `vtc.compress` accepts, as a tuple of compressors."""
+    items = [spec] if isinstance(spec, str | Compressor) else list(spec)
+    if not items:
+        raise SpecError("no compressor given: name at least one, for example 'fastervlm:keep=64'")
+    for item in items:
+        if not isinstance(item, str | Compressor):
+            raise SpecError(f"a compressor is a spec string or a vtc.Compressor, not {type(item).__name__}")
+    return tuple(parse(item) if isinstance(item, str) else item for item in items)
+
+
+def _load_strategies() -> None:
+    package = importlib.import_module("vtc.strategies")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"vtc.strategies.{module.name}")
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default is not MISSING else None
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is not None and get_origin(hint) is not Literal else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for option in _options(hint):
+        if get_origin(option) is Literal:
+            if value in get_args(option):
+                return True
+        elif option is float and type(value) is int and int not in _options(hint):
+            return True
+        elif type(value) is option or (value is None and option is type(None)):
+            return True
+    return False
+
+
+def _read(text: str, hint: Any, where: str) -> Any:
+    for option in _options(hint):
+        if get_origin(option) is Literal:
+            if text in get_args(option):
+                return text
+        elif option is type(None) and text == "None":
+            return None
+        elif option is bool and text in ("True", "False", "true", "false"):
+            return text.lower() == "true"
+        elif option in (int, float):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+        elif option is str:
+            return text
+    raise SpecError(f"{where}={text} is not {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "None"}
+    parts: list[str] = []
+    for option in _options(hint):
+        parts += [repr(word) for word in get_args(option)] if get_origin(option) is Literal else [words[option]]
+    return " or ".join(parts)

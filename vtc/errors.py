@@ -1,0 +1,24 @@
+"""The errors users meet. Each message says what was wrong and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VtcError(ValueError):
+    """Base class: bad input that the caller can correct."""
+
+
+class SpecError(VtcError):
+    """A compressor spec that cannot be understood: unknown strategy, unknown key, value out of range."""
+
+
+class UnsupportedModelError(VtcError):
+    """A model, or a vision encoder, that cannot do what was asked of it."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""
