@@ -11,8 +11,9 @@ VENV = .venv
 TORCH = torch==2.13.0
 TRANSFORMERS = transformers>=5.7
 OLDEST = transformers==5.17.0
+usable = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
-	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+	$$p $(usable) && echo $$p && break; done)
 
 bin = $(VENV)/bin
 installed = $(VENV)/.installed
@@ -54,9 +55,9 @@ $(shell [ "$$(cat $(installed) 2>/dev/null)" = '$(wanted)' ] || rm -f $(installe
 
 # torch goes first, so that nothing that depends on it chooses another build.
 $(installed): setup.cfg pyproject.toml
-	@if [ -z '$(PYTHON)' ]; then echo 'vtc needs Python 3.10 or newer with venv: name one with PYTHON=...' >&2; exit 1; fi
+	@'$(PYTHON)' $(usable) || { echo 'vtc needs Python 3.10 or newer, with venv: make PYTHON=/path/to/python' >&2; exit 1; }
 	@echo 'Installing into $(VENV): about a minute'
-	@$(PYTHON) -m venv $(VENV)
+	@'$(PYTHON)' -m venv $(VENV)
 	@$(bin)/pip install -qq --disable-pip-version-check '$(TORCH)'
 	@$(bin)/pip install -qq --disable-pip-version-check '$(TORCH)' '$(TRANSFORMERS)' -e '.[dev]'
 	@echo '$(wanted)' > $@
