@@ -15,6 +15,7 @@ import numpy as np
 import skimage.data
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
+
 from vtc.eval import scenes
 
 OUT = Path(__file__).parents[1] / "eval" / "assets" / "scenes.npz"

@@ -1,0 +1,143 @@
+"""Data-parallel training on CPU cores: workers, optimiser, schedule, checkpoints, log.
+
+Worker processes with one thread each beat one process with several threads on a shared machine, where every OpenMP
+barrier waits for the slowest core.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Group:
+    """This worker's place among the others."""
+
+    rank: int
+    size: int
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, start: int, count: int) -> range:
+        """This worker's part of the sample indices start ... start + count - 1; together the workers cover all."""
+        if count % self.size:
+            raise ValueError(f"a batch of {count} cannot be shared by {self.size} workers")
+        return range(start + self.rank, start + count, self.size)
+
+
+def launch(work: Callable[..., None], size: int, *arguments: Any) -> None:
+    """Run `work(group, *arguments)` in `size` processes that can all-reduce."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_enter, (size, f"file://{folder}/rendezvous", work, arguments), nprocs=size)
+
+
+def _enter(rank: int, size: int, rendezvous: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.nice(5)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+    work(Group(rank, size), *arguments)
+    torch.distributed.destroy_process_group()
+
+
+class FlatGradients:
+    """All gradients in one buffer, so that averaging them over the workers is one call."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], group: Group) -> None:
+        self.group = group
+        parameters = list(parameters)
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters))
+        start = 0
+        for parameter in parameters:
+            parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+            torch.distributed.broadcast(parameter.data, 0)
+
+    def zero(self) -> None:
+        self.buffer.zero_()
+
+    def average(self, clip: float = 1.0) -> float:
+        """Average over the workers, clip to a norm of `clip`, return the norm before clipping."""
+        torch.distributed.all_reduce(self.buffer)
+        self.buffer /= self.group.size
+        norm = self.buffer.norm().item()
+        self.buffer *= min(1.0, clip / (norm + 1e-12))
+        return norm
+
+
+class MuonAdamW:
+    """Muon for the matrices of transformer blocks and projectors, AdamW for embeddings, heads, norms and biases."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], muon: float, adamw: float, scale: float = 1.0):
+        matrices, others, vectors = [], [], []
+        for name, parameter in named:
+            if parameter.ndim == 2 and ("layers." in name or "projector" in name):
+                matrices.append(parameter)
+            else:
+                (vectors if parameter.ndim < 2 else others).append(parameter)
+        self.rates = (muon * scale, adamw * scale)
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=muon, momentum=0.95, weight_decay=0.01),
+            torch.optim.AdamW(
+                [{"params": others, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+                lr=adamw,
+                betas=(0.9, 0.98),
+            ),
+        ]
+
+    def step(self, factor: float) -> None:
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def schedule(step: int, steps: int, warmup: int, hold: float, floor: float) -> float:
+    """Linear warm-up, constant until the share `hold` of all steps, then a cosine down to `floor`."""
+    done = max(0.0, (step / steps - hold) / (1 - hold))
+    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that an interruption leaves the previous one intact."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+class Log:
+    """One JSON object per line, appended; silent on all workers but the first."""
+
+    def __init__(self, path: Path, group: Group) -> None:
+        self.path = path if group.first else None
+        self.start = time.perf_counter()
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, **record: Any) -> None:
+        if self.path:
+            record["seconds"] = round(time.perf_counter() - self.start, 1)
+            rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(rounded) + "\n")
