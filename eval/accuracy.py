@@ -1,0 +1,156 @@
+"""Accuracy on questions with one right answer, by greedy generation through the ordinary `generate`.
+
+Right is an exact match after `normalise`: containing the right word somewhere in a sentence does not count. An
+exception is a failure and stops the run; it is never scored as an empty answer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vtc.eval.scenes import Item
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Processed questions whose prompts are equally long, so that no row is padded."""
+
+    rows: tuple[int, ...]  # places in the list of items
+    inputs: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one setting did on one list of questions."""
+
+    right: int
+    n: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy."""
+        return wilson(self.right, self.n)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"accuracy": self.accuracy, "ci": list(self.interval), "n": self.n}
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, 95 % by default. It treats the questions as independent draws."""
+    if n == 0:
+        return 0.0, 1.0
+    share, weight = right / n, z * z / n
+    centre = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
+    # At 0 and n the bound is exact; rounding may leave it at -1e-17.
+    return (0.0 if right == 0 else centre - half), (1.0 if right == n else centre + half)
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no full stop or other punctuation around it."""
+    return re.sub(r"\s+", " ", text).strip(" .,;:!?\"'`").lower()
+
+
+def prompt(processor: Any, question: str, *, image: bool = True) -> str:
+    """The text of a prompt with one picture and one question, by the processor's chat template if it has one.
+
+    Without `image` the placeholder is left out and the rest stays: the language model then sees no visual token at all.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] if image else []
+        message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+        return processor.apply_chat_template([message], add_generation_prompt=True)
+    return f"{processor.image_token}\n{question}\n" if image else f"{question}\n"
+
+
+def process(processor: Any, items: Sequence[Item], *, blind: bool = False) -> dict[str, torch.Tensor]:
+    """Model inputs for a batch of questions, padded on the left if their lengths differ."""
+    text = [prompt(processor, item.question, image=not blind) for item in items]
+    images = {} if blind else {"images": [item.image for item in items]}
+    return dict(processor(text=text, **images, padding=True, padding_side="left", return_tensors="pt"))
+
+
+def batches(processor: Any, items: Sequence[Item], batch_size: int, *, blind: bool = False) -> list[Batch]:
+    """All questions, grouped by length and processed once, to be used with every setting.
+
+    With `blind` the pictures are left out. That is the blind floor: what the model answers from the question alone.
+    """
+
+    def length(row: int) -> tuple[int, ...]:
+        # Pictures of one size have equally many tokens, so size and text decide the length of the whole prompt.
+        tokens = len(processor.tokenizer(prompt(processor, items[row].question, image=False))["input_ids"])
+        return (tokens,) if blind else (*items[row].image.size, tokens)
+
+    found = []
+    lengths = [length(row) for row in range(len(items))]
+    for _, group in groupby(sorted(range(len(items)), key=lengths.__getitem__), key=lengths.__getitem__):
+        rows = list(group)
+        for start in range(0, len(rows), batch_size):
+            chosen = tuple(rows[start : start + batch_size])
+            found.append(Batch(chosen, process(processor, [items[row] for row in chosen], blind=blind)))
+    return found
+
+
+def longest_answer(processor: Any, items: Iterable[Item]) -> int:
+    """How many tokens to generate: enough for the longest right answer and the end token."""
+    answers = sorted({item.answer for item in items})
+    return 1 + max(len(ids) for ids in processor.tokenizer(answers, add_special_tokens=False)["input_ids"])
+
+
+def to_device(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """`inputs` where the model is; pixels in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    prepared: Sequence[Batch],
+    max_new_tokens: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """The model's greedy answers, normalised, in the order of the items.
+
+    Raises:
+        RuntimeError: a batch could not be answered; the cause is chained.
+    """
+    answers: dict[int, str] = {}
+    for batch in prepared:
+        inputs = to_device(batch.inputs, model)
+        try:
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        except Exception as error:
+            raise RuntimeError(f"no answer to questions {batch.rows[0]} and others: {error}") from error
+        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers.update(zip(batch.rows, map(normalise, texts), strict=True))
+        progress(len(batch.rows))
+    return [answers[row] for row in range(len(answers))]
+
+
+def score(answers: Sequence[str], items: Sequence[Item]) -> tuple[Score, dict[str, Score]]:
+    """The score over all questions, and per type of question in order of first appearance."""
+    right = [given == normalise(item.answer) for given, item in zip(answers, items, strict=True)]
+    types: dict[str, list[bool]] = {}
+    for item, good in zip(items, right, strict=True):
+        types.setdefault(item.type, []).append(good)
+    return Score(sum(right), len(right)), {name: Score(sum(some), len(some)) for name, some in types.items()}
+
+
+def agreement(answers: Sequence[str], reference: Sequence[str]) -> float:
+    """Share of the answers that are the same as the reference's, right or wrong."""
+    return sum(a == b for a, b in zip(answers, reference, strict=True)) / len(reference)

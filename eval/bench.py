@@ -1,0 +1,335 @@
+"""The comparison behind `vtc bench`: one model, many settings, one row of measurements for each.
+
+A setting is a compressor, or one of two baselines that every run has: `none`, the uncompressed model, and `blind`, the
+same questions without the picture. The strategies `random` (three seeds), `uniform` and `pool` are baselines too: they
+join every run at every `keep` that occurs in it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import vtc
+from vtc import adapters, zoo
+from vtc.compressor import Compressor, available, parse
+from vtc.errors import SpecError, VtcError
+from vtc.eval import accuracy, flops, latency, scenes
+
+BASELINES = ("random", "uniform", "pool")
+SEEDS = 3  # of `random`, which is reported as a mean with its spread
+KEEPS: tuple[int | float, ...] = (0.5, 0.25, 0.11)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare and how; the command line's options."""
+
+    model: str = "tiny-llava"
+    specs: tuple[str, ...] = ()  # all strategies if empty
+    keeps: tuple[int | float, ...] = KEEPS  # for specs that do not name their own
+    limit: int | None = None  # number of questions
+    batch_size: int = 50
+    seed: int = 0
+    attention: str | None = None
+    dtype: str | None = None
+    device: str = "cpu"
+    positions: Literal["original", "contiguous"] | None = None  # overrides every strategy's own
+    latency: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise VtcError(f"--{name.replace('_', '-')} is {value}; use at least 1")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise VtcError(f"--dtype is '{self.dtype}'; use one of {', '.join(DTYPES)}")
+        if not self.keeps:
+            raise SpecError("--keep names no budget: give at least one, for example 0.25")
+        for keep in self.keeps:
+            Compressor(keep=keep)  # refuses what is out of range
+        check_device(self.device)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the comparison."""
+
+    name: str  # "none", "blind", or the strategy
+    compressor: Compressor | None = None
+
+    @property
+    def spec(self) -> str:
+        return self.name if self.compressor is None else str(self.compressor)
+
+    @property
+    def blind(self) -> bool:
+        return self.name == "blind"
+
+    @property
+    def keep(self) -> int | float:
+        if self.compressor is not None:
+            return self.compressor.keep
+        return 0.0 if self.blind else 1.0
+
+    def on(self, model: Any) -> AbstractContextManager[Any]:
+        """The context in which `model` is compressed like this."""
+        return nullcontext() if self.compressor is None else vtc.compress(model, self.compressor)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a setting does to the first prompt: lengths and FLOPs, for one sequence."""
+
+    tokens_in: int  # visual tokens
+    tokens_out: int
+    sequence_in: int  # text included
+    sequence_out: int
+    encoder_flops: int
+    projector_flops: int
+    prefill_flops: int  # language model, one row of logits
+    decode_flops: int  # of the first generated token
+    kv_cache_bytes: int  # after the prompt
+
+
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that does not exist here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        have = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise VtcError(f"device '{name}' is not available here; use one of: {have}") from error
+
+
+def settings(options: Options) -> list[Setting]:
+    """All settings of a run, each once: `none` and `blind`, then strategy by strategy, the largest budget first."""
+    specs = options.specs or tuple(name for name in available() if name != "none")
+    asked = [one for spec in specs for one in _expand(spec, options.keeps, options.seed)]
+    keeps = _distinct([one.keep for one in asked]) or options.keeps
+    usual = [one for name in BASELINES for one in _expand(name, keeps, options.seed)]
+    found: dict[str, Setting] = {}
+    for compressor in [*asked, *usual]:
+        if options.positions is not None:
+            compressor = replace(compressor, positions=options.positions)
+        found.setdefault(str(compressor), Setting(compressor.name, compressor))
+    order = _distinct([setting.name for setting in found.values()])
+    compressed = sorted(found.values(), key=lambda setting: order.index(setting.name))  # stable
+    return [Setting("none"), Setting("blind"), *compressed]
+
+
+def _expand(spec: str, keeps: Sequence[int | float], seed: int) -> list[Compressor]:
+    """One compressor per budget, unless the spec names its own; of `random` one per seed, unless it names its own."""
+    compressor = parse(spec)
+    if compressor.name == "none":
+        return []  # every run has it
+    named = {part.partition("=")[0].strip() for part in spec.partition(":")[2].split(",")}
+    budgets = [compressor] if "keep" in named else [replace(compressor, keep=keep) for keep in keeps]
+    if compressor.name != "random" or "seed" in named:
+        return budgets
+    return [replace(one, **{"seed": seed + k}) for one in budgets for k in range(SEEDS)]
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    # The key tells the int 1 (one token) from the float 1.0 (all of them).
+    return list({(type(value), value): value for value in values}.values())
+
+
+# ----------------------------------------------------------------------------------------------------- measuring
+
+
+def sizes(model: Any, setting: Setting, inputs: dict[str, torch.Tensor]) -> Sizes:
+    """Run one prompt, to see that the setting works on this model and what it does to the lengths."""
+    adapter = adapters.find(model)
+    before = int(adapter.placeholders(inputs["input_ids"], None).sum())
+    with setting.on(model) as session:
+        run = latency.run(model, inputs)
+        report = None if session is None else session.last
+    after = before if report is None else report.tokens_out
+    config, text = adapter.multimodal.config, adapter.text_config
+    return Sizes(
+        tokens_in=before,
+        tokens_out=after,
+        sequence_in=inputs["input_ids"].shape[1],
+        sequence_out=run.length,
+        encoder_flops=flops.encoder_flops(config.vision_config, images=run.images),
+        projector_flops=flops.projector_flops(config, before),
+        prefill_flops=flops.prefill_flops(text, run.length),
+        decode_flops=flops.decode_flops(text, run.length + 1),
+        kv_cache_bytes=flops.kv_cache_bytes(text, run.length, model.dtype),
+    )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A loaded model with its questions, ready to measure settings one after the other."""
+
+    options: Options
+    model: Any
+    processor: Any
+    items: Sequence[scenes.Item]
+
+    @classmethod
+    def load(cls, options: Options) -> Bench:
+        dtype = None if options.dtype is None else DTYPES[options.dtype]
+        model, processor = zoo.load(options.model, dtype=dtype, device=options.device, attention=options.attention)
+        adapters.find(model)  # refuses families that are not supported
+        return cls(options, model, processor, list(scenes.questions("test", options.limit)))
+
+    def try_out(self, plan: Sequence[Setting]) -> list[Sizes]:
+        """Every setting on one prompt: a mistake in the last one shows before the first is measured."""
+        return [sizes(self.model, setting, self._first(setting.blind)) for setting in plan]
+
+    def rows(self, plan: Sequence[Setting], shapes: Sequence[Sizes], *, progress: bool = False) -> Iterator[Row]:
+        """Measure the settings in order, one row each. `plan` begins with `none`; `shapes` is from `try_out(plan)`."""
+        torch.manual_seed(self.options.seed)
+        reference: list[str] | None = None
+        # Off a terminal, in a log file, a line every ten seconds is enough.
+        pace = 0.1 if sys.stderr.isatty() else 10.0
+        with tqdm(total=len(plan) * len(self.items), unit="answer", disable=not progress, mininterval=pace) as bar:
+            batches = self._batches(blind=False)
+            for setting, shape in zip(plan, shapes, strict=True):
+                bar.set_description(setting.spec, refresh=False)
+                timing = self._time(setting) if self.options.latency else None
+                prepared = self._batches(blind=True) if setting.blind else batches
+                with setting.on(self.model):
+                    answers = self._answer(setting, prepared, bar.update)
+                reference = answers if reference is None else reference
+                yield self._row(setting, shape, shapes[0], timing, answers, reference)
+
+    def _first(self, blind: bool) -> dict[str, torch.Tensor]:
+        one = accuracy.process(self.processor, self.items[:1], blind=blind)
+        return accuracy.to_device(one, self.model)
+
+    def _batches(self, *, blind: bool) -> list[accuracy.Batch]:
+        return accuracy.batches(self.processor, self.items, self.options.batch_size, blind=blind)
+
+    def _time(self, setting: Setting) -> latency.Latency:
+        return latency.measure(
+            self.model,
+            self._first(setting.blind),
+            partial(setting.on, self.model),
+            baseline=self._first(blind=False),
+        )
+
+    def _answer(
+        self, setting: Setting, prepared: Sequence[accuracy.Batch], progress: Callable[[int], Any]
+    ) -> list[str]:
+        tokens = accuracy.longest_answer(self.processor, self.items)
+        try:
+            return accuracy.answer(self.model, self.processor, prepared, tokens, progress)
+        except RuntimeError as error:
+            raise RuntimeError(f"{setting.spec}: {error}") from error
+
+    def _row(
+        self,
+        setting: Setting,
+        shape: Sizes,
+        full: Sizes,
+        timing: latency.Latency | None,
+        answers: list[str],
+        reference: list[str],
+    ) -> Row:
+        total, types = accuracy.score(answers, self.items)
+        empty = dict.fromkeys((item.name for item in fields(latency.Latency)), None)
+        measured = {**empty, **asdict(shape)} if timing is None else {**asdict(shape), **asdict(timing)}
+        return {
+            "model": self.options.model,
+            "spec": setting.spec,
+            "strategy": setting.name,
+            "keep": setting.keep,
+            **measured,
+            "prefill_flops_ratio": shape.prefill_flops / full.prefill_flops,
+            "accuracy": total.accuracy,
+            "accuracy_ci": list(total.interval),
+            "by_type": {name: score.to_dict() for name, score in types.items()},
+            "agreement": accuracy.agreement(answers, reference),
+            "n": total.n,
+            "seed": getattr(setting.compressor, "seed", self.options.seed),
+            "positions": getattr(setting.compressor, "positions", None),
+            **environment(self.model),
+        }
+
+
+def environment(model: Any) -> Row:
+    """Where and with what a row was measured."""
+    config = model.config.get_text_config()
+    return {
+        "family": adapters.find(model).family,
+        "device": device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": getattr(config, "_attn_implementation", None),
+        "threads": torch.get_num_threads(),
+        "flops_convention": flops.CONVENTION,
+        "versions": {
+            "vtc": vtc.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# -------------------------------------------------------------------------------------------------------- on disk
+
+
+def check_folder(out: Path, *, overwrite: bool = False) -> Path:
+    """The path of the folder's `rows.jsonl`. Results of an earlier run are refused, unless `overwrite`."""
+    path = out / "rows.jsonl"
+    if out.exists() and not out.is_dir():
+        raise VtcError(f"--out {out} is a file; give a folder")
+    if path.exists() and path.stat().st_size and not overwrite:
+        raise VtcError(f"{path} has results already: choose another --out, or replace them with --overwrite")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VtcError(f"cannot make the folder {out}: {error.strerror}") from error
+    return path
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a run."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(options: Options, out: Path, *, overwrite: bool = False, progress: bool = False) -> list[Row]:
+    """The whole comparison. Rows go to `out/rows.jsonl` as they are measured: a run that is killed keeps its rows."""
+    plan = settings(options)
+    path = check_folder(out, overwrite=overwrite)
+    bench = Bench.load(options)
+    shapes = bench.try_out(plan)
+    rows = []
+    with path.open("w") as file:
+        for row in bench.rows(plan, shapes, progress=progress):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            rows.append(row)
+    return rows
