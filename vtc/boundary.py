@@ -40,8 +40,8 @@ class Shrink:
     Attributes:
         index: `(B, K)` int64, ascending: the tokens that stay.
         valid: `(B, K)` bool: `False` for fillers and padding.
-        back: `(B, S)` int64 in `[0, K)`: for every token of the call the survivor that stands at its place or, if it was
-            dropped, the nearest survivor before it.
+        back: `(B, S)` int64 in `[0, K)`: for every token of the call the survivor that stands at its place or, if the
+            token was dropped, the nearest survivor before it.
     """
 
     index: Tensor
@@ -126,13 +126,13 @@ def shrink_call(
     place = place.to(embeds.device)
     kept = _write(torch.ones_like(place), place, choice.kept)  # (B, S)
     visual_kept = kept & place
-    flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    real = _real(mask, size, past)
     if batch == 1:
         length = size - choice.dropped
     else:
         # Rows may hold different numbers of images. How many only the ids know: the one host read of a batched prefill.
-        if flat is not None:
-            kept = kept & flat[:, -size:].bool()
+        if real is not None:
+            kept = kept & real
         length = int(kept.sum(1).max())
     shrink = Shrink.plan(kept, length)
 
@@ -143,29 +143,29 @@ def shrink_call(
         positions = torch.arange(past, past + size, device=embeds.device)[None]
     positions = shrink.take_last(positions.to(embeds.device))
     shift = None if state is None else state.shift
+    gone = (place & ~visual_kept).cumsum(1)  # (B, S): visual tokens dropped up to here
     if numbering == "contiguous":
-        gone = (place & ~visual_kept).cumsum(1)  # (B, S): tokens dropped up to here
         positions = positions - shrink.take_last(gone)
         positions = positions if shift is None else positions - shift
         shift = gone[:, -1:] if shift is None else shift + gone[:, -1:]
 
+    floor = (gone < gone[:, -1:]).sum(1).max() + 1  # tokens up to the last dropped one
+
     dropped = 0 if state is None else state.dropped
-    held = _held_mask(flat, state, past, batch, embeds.device)
-    now = shrink.valid
-    if batch == 1 and flat is not None:
-        now = now & shrink.take_last(flat[:, -size:].bool())
-    whole = batch == 1 and flat is None and held is None  # nothing is padded: no mask is needed
+    held = _held(mask, state, past)
+    now = shrink.valid if real is None else shrink.valid & shrink.take_last(real)
+    whole = batch == 1 and real is None and held is None  # nothing is padded: no mask is needed
     physical = None if whole else torch.cat([_ones(held, batch, past - dropped, embeds.device), now], dim=1)
 
     out = dict(arguments)
     out["inputs_embeds"] = shrink.take(embeds)
     out["position_ids"] = torch.arange(past - dropped, past - dropped + length, device=embeds.device)[None]
-    out["attention_mask"] = _cut_masks(mask, shrink, past, dropped) if _is_prepared(mask) else physical
+    out["attention_mask"] = physical if mask is None or _is_flat(mask) else _cut_masks(mask, shrink, past, dropped)
     return Shrunk(
         arguments=out,
         shrink=shrink,
         positions=positions,
-        state=CacheState(past + size, dropped + size - length, past + size, physical, shift),
+        state=CacheState(past + size, dropped + size - length, past + floor, physical, shift),
     )
 
 
@@ -211,20 +211,31 @@ def _write(fill: Tensor, place: Tensor, values: list[Tensor]) -> Tensor:
     return fill.masked_scatter(place, torch.cat([value.to(fill) for value in values]))
 
 
-def _held_mask(
-    flat: Tensor | None, state: CacheState | None, past: int, batch: int, device: torch.device
-) -> Tensor | None:
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2
+
+
+def _real(mask: Any, size: int, past: int) -> Tensor | None:
+    """`(B, S)` bool: which tokens of this call are not padding; `None` if no mask says so."""
+    if isinstance(mask, dict):
+        return next((real for real in (_real(entry, size, past) for entry in mask.values()) if real is not None), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if _is_flat(mask):
+        return mask[:, -size:].bool()
+    diagonal = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)  # a token that is not padding sees itself
+    return diagonal if mask.dtype == torch.bool else diagonal > torch.finfo(mask.dtype).min / 2
+
+
+def _held(mask: Any, state: CacheState | None, past: int) -> Tensor | None:
+    """`(B, P)` bool: which entries of the cache are not padding; `None` if all are."""
     if state is not None:
         return state.mask
-    return None if flat is None or past == 0 else flat[:, :past].bool()
+    return mask[:, :past].bool() if past > 0 and _is_flat(mask) else None
 
 
 def _ones(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     return torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.to(device)
-
-
-def _is_prepared(mask: Any) -> bool:
-    return mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
 
 
 def _cut_masks(mask: Any, shrink: Shrink, past: int, dropped: int) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -24,14 +24,14 @@ class CacheState:
     Attributes:
         length: number of tokens the cache stands for, dropped ones included.
         dropped: how many of them it does not hold.
-        floor: length up to which tokens were dropped; all that follow are held.
+        floor: 0-dimensional int64: length up to which tokens were dropped; all that follow are held.
         mask: `(B, length - dropped)` bool, which entries are real tokens; `None` if all are.
         shift: `(B, 1)` int64, how far later positions move up (contiguous numbering); `None` if they do not.
     """
 
     length: int
     dropped: int
-    floor: int
+    floor: Tensor
     mask: Tensor | None
     shift: Tensor | None
 
@@ -60,19 +60,15 @@ class _Compressed:
     def get_query_offset(self, *args: Any, **kwargs: Any) -> Any:
         return super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
 
-    def crop(self, max_length: int) -> None:
-        """Shorten to the first `max_length` tokens of the text; a negative number removes that many."""
+    def crop(self, tokens: int) -> None:
+        """Remove the last `-tokens` tokens (`tokens <= 0`); a positive number is the length of the text to keep."""
         state = self._vtc_state
         if state is None:
-            return super().crop(max_length)  # type: ignore[misc]
-        target = max_length if max_length >= 0 else state.length + max_length
-        if target >= state.length:
-            return None
-        if target < state.floor:
-            raise VtcError(
-                f"a compressed cache cannot be cropped to {target}: its prompt of {state.floor} tokens is compressed"
-            )
-        super().crop(target - state.dropped)  # type: ignore[misc]
+            return super().crop(tokens)  # type: ignore[misc]
+        target = state.length + tokens if tokens <= 0 else min(tokens, state.length)
+        if target < state.length and bool(target < state.floor):
+            raise VtcError(f"a compressed cache cannot be cropped to {target} tokens: that is inside its visual tokens")
+        super().crop(target - state.length)  # type: ignore[misc]
         mask = None if state.mask is None else state.mask[:, : target - state.dropped]
         self._vtc_state = replace(state, length=target, mask=mask)
         return None
@@ -101,6 +97,6 @@ class _Compressed:
             self._vtc_state = replace(state, mask=mask, shift=shift)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compressed_class(base: type) -> type:
     return type(f"Compressed{base.__name__}", (_Compressed, base), {})

@@ -104,12 +104,13 @@ def _check(
 ) -> None:
     if selection.size != layout.tokens or tuple(selection.index.shape) != (inputs, budget):
         raise VtcError(
-            f"{compressor.name} must keep {budget} of {layout.tokens} tokens for {inputs} visual inputs, but select() returned "
-            f"an index of shape {tuple(selection.index.shape)} into {selection.size}"
+            f"{compressor.name} must keep {budget} of {layout.tokens} tokens of {inputs} visual inputs, but select() "
+            f"returned an index of shape {tuple(selection.index.shape)} into {selection.size}"
         )
     if validate:
         index = selection.index
         if bool((index < 0).any() | (index >= layout.tokens).any() | (index[:, 1:] <= index[:, :-1]).any()):
             raise VtcError(
-                f"{compressor.name}: the indices that select() returned are not ascending, unique and within 0..{layout.tokens - 1}"
+                f"{compressor.name}: the indices that select() returned are not ascending, unique and "
+                f"within 0..{layout.tokens - 1}"
             )

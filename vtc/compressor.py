@@ -101,7 +101,7 @@ _registry: dict[str, type[Compressor]] = {}
 
 
 def register(name: str) -> Callable[[C], C]:
-    """Class decorator: make a `Compressor` available under `name` in specs, on the command line and in `available()`."""
+    """Class decorator: make a `Compressor` available under `name`, in specs and on the command line."""
 
     def add(cls: C) -> C:
         if name in _registry and _registry[name].__qualname__ != cls.__qualname__:
@@ -131,7 +131,7 @@ def strategy(name: str) -> type[Compressor]:
 
 
 def parse(spec: str) -> Compressor:
-    """The compressor that `spec` describes: `name` or `name:key=value,key=value`. `str()` of the result gives it back."""
+    """The compressor that `spec` describes: `name` or `name:key=value,key=value`; `str()` gives the spec back."""
     name, _, rest = spec.partition(":")
     cls = strategy(name.strip())
     hints = get_type_hints(cls)
@@ -179,9 +179,7 @@ def _fits(value: Any, hint: Any) -> bool:
         if get_origin(option) is Literal:
             if value in get_args(option):
                 return True
-        elif option is float and type(value) is int and int not in _options(hint):
-            return True
-        elif type(value) is option or (value is None and option is type(None)):
+        elif type(value) is option or (option is float and type(value) is int):
             return True
     return False
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from vtc.adapters.base import Adapter
 from vtc.boundary import Shrink, bind, continue_call, shrink_call
 from vtc.cache import CacheState, cache_state, set_cache_state
 from vtc.choice import Choice, choose
-from vtc.compressor import NEEDS, Compressor, as_compressors
+from vtc.compressor import NEEDS, Compressor, as_compressors, available, strategy
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.report import Report
 from vtc.saliency import Tap
@@ -49,8 +49,9 @@ def compress(model: nn.Module, spec: str | Compressor | Iterable[str | Compresso
 
     Raises:
         SpecError: the spec is not understood, or asks for more tokens than the model has.
-        UnsupportedModelError: no adapter for this model, or its encoder lacks what the strategy needs. In both cases the
-            model is as it was.
+        UnsupportedModelError: no adapter for this model, or its encoder lacks what the strategy needs.
+
+    After an error the model is as it was.
     """
     session = Session(adapters.find(model), as_compressors(spec))
     restore(model)
@@ -151,14 +152,27 @@ class Session:
             raise SpecError(f"{compressor.name} needs {sorted(unknown)}; a strategy can need {sorted(NEEDS)}")
         if "cls" in compressor.needs and not encoder.class_token:
             raise UnsupportedModelError(
-                f"{compressor.name} reads the attention of a class token and this {type(self.adapter.encoder).__name__} has "
-                f"none; use its option that reads received attention instead, or divprune, random, uniform, pool"
+                f"{compressor} reads the attention of a class token and this {type(self.adapter.encoder).__name__} has "
+                f"none; {self._alternatives()}"
             )
         limit = self.adapter.tokens_per_image
         if isinstance(compressor.keep, int) and limit is not None and compressor.keep > limit:
             raise SpecError(
                 f"keep={compressor.keep} is more than the {limit} visual tokens of an image; use at most {limit}"
             )
+
+    def _alternatives(self) -> str:
+        """What works on an encoder without a class token: options of this strategy, and other strategies."""
+        hints = get_type_hints(type(self.compressor))
+        options = [
+            f"{self.compressor.name}:{item.name}={value}"
+            for item in fields(self.compressor)
+            if get_origin(hints[item.name]) is Literal
+            for value in get_args(hints[item.name])
+            if "cls" not in replace(self.compressor, **{item.name: value}).needs
+        ]
+        others = [name for name in available() if name != "none" and "cls" not in strategy(name)().needs]
+        return f"use {', '.join(options + others)}"
 
     def _make_taps(self) -> dict[int, Tap]:
         kinds = self.compressor.needs & {"cls", "received"}
@@ -201,7 +215,7 @@ class Session:
         )
 
     def _encoded(self, module: nn.Module, args: Any, output: Any) -> None:
-        # This object later carries the projected features, through generate if need be. It carries the rows too, so that
+        # This object later carries the projected features, through generate if need be. It carries the rows too, so
         # they can never be read together with another image's features.
         setattr(output, ROWS, {layer: tap.pop() for layer, tap in self._taps.items()})
         if self._calls and self._calls[-1].has_pixels:

@@ -1,4 +1,4 @@
-"""`Visual`: what a strategy may look at. Everything is computed only when asked for, and only if declared in `needs`."""
+"""`Visual`: what a strategy may look at. Computed only when asked for, and only if declared in `needs`."""
 
 from __future__ import annotations
 

@@ -36,17 +36,21 @@ class LlavaAdapter(Adapter):
             )
         self._layers = tower.encoder.layers
         class_token = hasattr(tower.embeddings, "class_embedding")
-        select = config.vision_feature_select_strategy
-        if select != ("default" if class_token else "full"):
+        select, per_patch = config.vision_feature_select_strategy, "default" if class_token else "full"
+        if select != per_patch:
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy='{select}' on a tower {'with' if class_token else 'without'} a class token "
-                f"does not leave one token per patch; '{'default' if class_token else 'full'}' does"
+                f"vision_feature_select_strategy='{select}' does not leave one token per patch of this {name}; "
+                f"'{per_patch}' does"
             )
         depth = len(self._layers)
         layer = config.vision_feature_layer
         layer = layer if isinstance(layer, int) else layer[-1]
-        # hidden_states[0] is the embedding, so entry k is the output of layer k - 1 and entry -m that of layer depth - m.
+        # hidden_states[0] is the embedding: entry k is the output of layer k - 1, entry -m that of layer depth - m.
         feature_layer = depth + layer if layer < 0 else layer - 1
+        if not 0 <= feature_layer < depth:
+            raise UnsupportedModelError(
+                f"vision_feature_layer={layer} is not the output of one of {depth} encoder layers"
+            )
         self.encoder_info = Encoder(depth=depth, feature_layer=feature_layer, class_token=class_token)
         side = vision.image_size // vision.patch_size
         self._grid = (1, side, side)
@@ -73,7 +77,7 @@ class LlavaAdapter(Adapter):
         for image in features:
             if image.shape[0] != self.tokens_per_image:
                 raise VtcError(
-                    f"an image arrived with {image.shape[0]} visual tokens instead of {self.tokens_per_image}: calls that "
-                    "split an image (prefill_chunk_size) or override vision_feature_select_strategy cannot be compressed"
+                    f"an image arrived with {image.shape[0]} visual tokens instead of {self.tokens_per_image}; calls that "
+                    "split images (prefill_chunk_size) or override vision_feature_select_strategy cannot be compressed"
                 )
         return [Layout(tokens=image.shape[0], grid=self._grid) for image in features]
