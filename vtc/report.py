@@ -23,8 +23,8 @@ class Report:
         grids: per visual input, `(frames, rows, columns)` of the uncompressed tokens.
         prompts: number of prompts in the batch.
         sequence_in, sequence_out: length of the (padded) prompt, text included, before and after.
-        prefill_flops, prefill_flops_full: FLOPs of the language model's prefill at these lengths, for the whole batch; a
-            multiply-add counts as two (see `vtc.eval.flops`).
+        prefill_flops, prefill_flops_full: FLOPs of the language model's prefill at these lengths, for the whole batch;
+            a multiply-add counts as two (see `vtc.eval.flops`).
     """
 
     spec: str

@@ -48,9 +48,7 @@ class LlavaAdapter(Adapter):
         # hidden_states[0] is the embedding: entry k is the output of layer k - 1, entry -m that of layer depth - m.
         feature_layer = depth + layer if layer < 0 else layer - 1
         if not 0 <= feature_layer < depth:
-            raise UnsupportedModelError(
-                f"vision_feature_layer={layer} is not the output of one of {depth} encoder layers"
-            )
+            raise UnsupportedModelError(f"vision_feature_layer={layer} is not one of the encoder's {depth} layers")
         self.encoder_info = Encoder(depth=depth, feature_layer=feature_layer, class_token=class_token)
         side = vision.image_size // vision.patch_size
         self._grid = (1, side, side)
@@ -77,7 +75,7 @@ class LlavaAdapter(Adapter):
         for image in features:
             if image.shape[0] != self.tokens_per_image:
                 raise VtcError(
-                    f"an image arrived with {image.shape[0]} visual tokens instead of {self.tokens_per_image}; calls that "
-                    "split images (prefill_chunk_size) or override vision_feature_select_strategy cannot be compressed"
+                    f"an image has {image.shape[0]} visual tokens, not {self.tokens_per_image}: calls that "
+                    "split it (prefill_chunk_size) or override vision_feature_select_strategy cannot be compressed"
                 )
         return [Layout(tokens=image.shape[0], grid=self._grid) for image in features]
