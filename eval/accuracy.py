@@ -75,11 +75,11 @@ def prompt(processor: Any, question: str, *, image: bool = True) -> str:
     return f"{processor.image_token}\n{question}\n" if image else f"{question}\n"
 
 
-def process(processor: Any, items: Sequence[Item], *, blind: bool = False) -> dict[str, torch.Tensor]:
-    """Model inputs for a batch of questions, padded on the left if their lengths differ."""
-    text = [prompt(processor, item.question, image=not blind) for item in items]
-    images = {} if blind else {"images": [item.image for item in items]}
-    return dict(processor(text=text, **images, padding=True, padding_side="left", return_tensors="pt"))
+def process(processor: Any, questions: Sequence[str], images: Sequence[Any] | None) -> dict[str, torch.Tensor]:
+    """Model inputs for a batch of questions, one picture each or none at all; padded on the left if lengths differ."""
+    text = [prompt(processor, question, image=images is not None) for question in questions]
+    pictures = {} if images is None else {"images": list(images)}
+    return dict(processor(text=text, **pictures, padding=True, padding_side="left", return_tensors="pt"))
 
 
 def batches(processor: Any, items: Sequence[Item], batch_size: int, *, blind: bool = False) -> list[Batch]:
@@ -99,7 +99,8 @@ def batches(processor: Any, items: Sequence[Item], batch_size: int, *, blind: bo
         rows = list(group)
         for start in range(0, len(rows), batch_size):
             chosen = tuple(rows[start : start + batch_size])
-            found.append(Batch(chosen, process(processor, [items[row] for row in chosen], blind=blind)))
+            images = None if blind else [items[row].image for row in chosen]
+            found.append(Batch(chosen, process(processor, [items[row].question for row in chosen], images)))
     return found
 
 

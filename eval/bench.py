@@ -59,8 +59,6 @@ class Options:
                 raise VtcError(f"--{name.replace('_', '-')} is {value}; use at least 1")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise VtcError(f"--dtype is '{self.dtype}'; use one of {', '.join(DTYPES)}")
-        if not self.keeps:
-            raise SpecError("--keep names no budget: give at least one, for example 0.25")
         for keep in self.keeps:
             Compressor(keep=keep)  # refuses what is out of range
         check_device(self.device)
@@ -121,6 +119,8 @@ def check_device(name: str) -> None:
 
 def settings(options: Options) -> list[Setting]:
     """All settings of a run, each once: `none` and `blind`, then strategy by strategy, the largest budget first."""
+    if not options.keeps:
+        raise SpecError("--keep names no budget: give at least one, for example 0.25")
     specs = options.specs or tuple(name for name in available() if name != "none")
     asked = [one for spec in specs for one in _expand(spec, options.keeps, options.seed)]
     keeps = _distinct([one.keep for one in asked]) or options.keeps
@@ -135,16 +135,26 @@ def settings(options: Options) -> list[Setting]:
     return [Setting("none"), Setting("blind"), *compressed]
 
 
-def _expand(spec: str, keeps: Sequence[int | float], seed: int) -> list[Compressor]:
-    """One compressor per budget, unless the spec names its own; of `random` one per seed, unless it names its own."""
+def budgets(spec: str, keeps: Sequence[int | float]) -> list[Compressor]:
+    """One compressor per budget, or the one that `spec` asks for itself; without `keeps`, the strategy's default."""
     compressor = parse(spec)
-    if compressor.name == "none":
+    if "keep" in _named(spec) or not keeps:
+        return [compressor]
+    return [replace(compressor, keep=keep) for keep in keeps]
+
+
+def _expand(spec: str, keeps: Sequence[int | float], seed: int) -> list[Compressor]:
+    """The settings that a spec stands for: its budgets, and several seeds of `random` unless it names one."""
+    if parse(spec).name == "none":
         return []  # every run has it
-    named = {part.partition("=")[0].strip() for part in spec.partition(":")[2].split(",")}
-    budgets = [compressor] if "keep" in named else [replace(compressor, keep=keep) for keep in keeps]
-    if compressor.name != "random" or "seed" in named:
-        return budgets
-    return [replace(one, **{"seed": seed + k}) for one in budgets for k in range(SEEDS)]
+    found = budgets(spec, keeps)
+    if found[0].name != "random" or "seed" in _named(spec):
+        return found
+    return [parse(f"{one},seed={seed + k}") for one in found for k in range(SEEDS)]
+
+
+def _named(spec: str) -> set[str]:
+    return {part.partition("=")[0].strip() for part in spec.partition(":")[2].split(",")}
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:
@@ -163,7 +173,8 @@ def sizes(model: Any, setting: Setting, inputs: dict[str, torch.Tensor]) -> Size
         run = latency.run(model, inputs)
         report = None if session is None else session.last
     after = before if report is None else report.tokens_out
-    config, text = adapter.multimodal.config, adapter.text_config
+    config: Any = adapter.multimodal.config
+    text = adapter.text_config
     return Sizes(
         tokens_in=before,
         tokens_out=after,
@@ -177,6 +188,14 @@ def sizes(model: Any, setting: Setting, inputs: dict[str, torch.Tensor]) -> Size
     )
 
 
+def load_model(options: Options) -> tuple[Any, Any]:
+    """The model and its processor; refuses families that are not supported."""
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    model, processor = zoo.load(options.model, dtype=dtype, device=options.device, attention=options.attention)
+    adapters.find(model)
+    return model, processor
+
+
 @dataclass(frozen=True)
 class Bench:
     """A loaded model with its questions, ready to measure settings one after the other."""
@@ -187,10 +206,12 @@ class Bench:
     items: Sequence[scenes.Item]
 
     @classmethod
-    def load(cls, options: Options) -> Bench:
-        dtype = None if options.dtype is None else DTYPES[options.dtype]
-        model, processor = zoo.load(options.model, dtype=dtype, device=options.device, attention=options.attention)
-        adapters.find(model)  # refuses families that are not supported
+    def load(cls, options: Options, plan: Sequence[Setting] = ()) -> Bench:
+        """Load the model and the questions; refuses what `plan` asks and the model cannot do."""
+        model, processor = load_model(options)
+        for setting in plan:
+            with setting.on(model):
+                pass
         return cls(options, model, processor, list(scenes.questions("test", options.limit)))
 
     def try_out(self, plan: Sequence[Setting]) -> list[Sizes]:
@@ -215,7 +236,8 @@ class Bench:
                 yield self._row(setting, shape, shapes[0], timing, answers, reference)
 
     def _first(self, blind: bool) -> dict[str, torch.Tensor]:
-        one = accuracy.process(self.processor, self.items[:1], blind=blind)
+        item = self.items[0]
+        one = accuracy.process(self.processor, [item.question], None if blind else [item.image])
         return accuracy.to_device(one, self.model)
 
     def _batches(self, *, blind: bool) -> list[accuracy.Batch]:
@@ -324,7 +346,7 @@ def run(options: Options, out: Path, *, overwrite: bool = False, progress: bool 
     """The whole comparison. Rows go to `out/rows.jsonl` as they are measured: a run that is killed keeps its rows."""
     plan = settings(options)
     path = check_folder(out, overwrite=overwrite)
-    bench = Bench.load(options)
+    bench = Bench.load(options, plan)
     shapes = bench.try_out(plan)
     rows = []
     with path.open("w") as file:

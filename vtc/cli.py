@@ -1,0 +1,313 @@
+"""The command line: `vtc list`, `vtc bench`, `vtc show`.
+
+Thin on purpose: it reads arguments, calls the library and prints. What a user got wrong is one line on stderr and exit
+code 2; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vtc import __version__
+from vtc.errors import SpecError, VtcError
+
+if TYPE_CHECKING:
+    from vtc.compressor import Compressor
+
+EXTRAS = {"PIL": "viz", "matplotlib": "viz", "tabulate": "eval", "numpy": "eval"}  # package -> extra that brings it
+SPEC_HELP = """
+A SPEC names a strategy and, after a colon, its parameters:
+  fastervlm    fastervlm:keep=64    todre:keep=0.25,pivot=mean
+`keep` says how many visual tokens survive per image. A whole number counts
+tokens (64), a fraction is a share of them (0.25). `vtc list` names the
+strategies.
+"""
+LIST_HELP = """
+Name the strategies: where each acts (site), what it reads of the model
+(needs), how it numbers the survivors (positions), and the paper it is from.
+"""
+BENCH_HELP = (
+    """
+Compare strategies on one model, with questions about pictures that come with
+the library.
+
+For each strategy and each budget it measures tokens in and out, prefill FLOPs,
+time to first token and its parts, decoding speed, the size of the key-value
+cache, accuracy per type of question, and agreement with the uncompressed model.
+Always there for comparison: no compression, no picture at all (blind), random
+tokens (three seeds), uniform and pool.
+"""
+    + SPEC_HELP
+)
+BENCH_EXAMPLE = """
+examples:
+  vtc bench --limit 100 --out first-look
+  vtc bench --spec fastervlm --spec random --keep 0.5,0.25,28 --out results
+
+DIR then holds rows.jsonl (one object per setting), table.md and pareto.png.
+"""
+SHOW_HELP = (
+    """
+Draw which parts of an image survive compression, and print what the model
+answers with and without it. What was dropped is dark; tokens that were merged
+share an outline.
+"""
+    + SPEC_HELP
+)
+SHOW_EXAMPLE = """
+example:
+  vtc show photo.jpg --question "What colour is the square?" --spec fastervlm --keep 28
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vtc: error: {message} (see '{self.prog} --help')\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    parser = make_parser()
+    try:
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return 0
+        return options.command(options) or 0
+    except VtcError as error:
+        return fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return fail(f'this command needs {error.name}, which is not installed: pip install "vtc[{extra}]"')
+    except BrokenPipeError:  # `vtc list | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return fail("interrupted", code=130)
+
+
+def fail(message: str, code: int = 2) -> int:
+    """Say what was wrong on one line."""
+    print(f"vtc: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def make_parser() -> Parser:
+    """All commands and options."""
+    parser = Parser(
+        prog="vtc",
+        description="Make vision-language models faster by carrying fewer visual tokens.",
+        epilog="`vtc COMMAND --help` explains a command. To begin with: vtc bench --limit 100 --out first-look",
+    )
+    parser.add_argument("--version", action="version", version=f"vtc {__version__}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    _add_list(commands)
+    _add_bench(commands)
+    _add_show(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str, description: str, example: str = "") -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(
+        name, help=summary, description=description.strip(), epilog=example.strip(), formatter_class=plain
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- vtc list
+
+
+def _add_list(commands: Any) -> None:
+    parser = _command(commands, "list", "name the strategies", LIST_HELP)
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    parser.set_defaults(command=run_list)
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """`vtc list`."""
+    from vtc.compressor import available, strategy
+
+    entries = [describe(strategy(name)) for name in available()]
+    if options.json:
+        print(json.dumps(entries, indent=2))
+        return 0
+    headings = ("name", "site", "needs", "positions", "paper", "summary")
+    cells = [headings, *(tuple(_cell(entry[heading]) for heading in headings) for entry in entries)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def describe(cls: type[Compressor]) -> dict[str, Any]:
+    """One strategy as plain data."""
+    defaults = {item.name: item.default for item in fields(cls) if item.default is not MISSING}
+    return {
+        "name": cls.name,
+        "site": cls.site,
+        "needs": sorted(cls().needs),
+        "positions": defaults["positions"],
+        "paper": cls.paper,
+        "code": cls.code,
+        "parameters": defaults,
+        "summary": (cls.__doc__ or "").strip().partition("\n")[0],
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    return str(value) or "-"
+
+
+# -------------------------------------------------------------------------------------------------------- vtc bench
+
+
+def _add_bench(commands: Any) -> None:
+    summary = "compare strategies on a model: accuracy, FLOPs, time, memory"
+    parser = _command(commands, "bench", summary, BENCH_HELP, BENCH_EXAMPLE)
+    _add_model(parser)
+    parser.add_argument(
+        "--spec", action="append", default=[], metavar="SPEC", help="a strategy; repeat it for more; default: all"
+    )
+    parser.add_argument(
+        "--keep",
+        default="0.5,0.25,0.11",
+        metavar="LIST",
+        help="budgets, separated by commas, for specs that do not name their own (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace results of an earlier run in DIR")
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N questions (default: all)")
+    parser.add_argument(
+        "--batch-size", type=int, default=50, metavar="N", help="questions answered at once (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="first of the seeds of random (default: 0)")
+    parser.add_argument(
+        "--positions",
+        choices=("original", "contiguous"),
+        help="how survivors are numbered, for all specs (default: what each paper's code does)",
+    )
+    parser.add_argument("--no-latency", action="store_true", help="measure no times; those columns stay empty")
+    parser.set_defaults(command=run_bench)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="tiny-llava",
+        metavar="NAME_OR_PATH",
+        help="a bundled model, or the folder of a LLaVA checkpoint (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a cpu)")
+    parser.add_argument(
+        "--attn", metavar="NAME", help="attention implementation: sdpa, eager, flash_attention_2 (default: the model's)"
+    )
+
+
+def parse_keeps(text: str) -> tuple[int | float, ...]:
+    """`0.5,64` as numbers: whole numbers are ints, all others floats."""
+    keeps: list[int | float] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            keeps.append(int(part))
+        except ValueError:
+            try:
+                keeps.append(float(part))
+            except ValueError:
+                raise SpecError(f"--keep: '{part}' is neither a number of tokens (64) nor a fraction (0.25)") from None
+    return tuple(keeps)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """`vtc bench`."""
+    from vtc.eval import bench, plot, table
+
+    quiet()
+    chosen = bench.Options(
+        model=options.model,
+        specs=tuple(options.spec),
+        keeps=parse_keeps(options.keep),
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        attention=options.attn,
+        dtype=options.dtype,
+        device=options.device,
+        positions=options.positions,
+        latency=not options.no_latency,
+    )
+    rows = bench.run(chosen, options.out, overwrite=options.overwrite, progress=True)
+    text = table.render(rows)
+    (options.out / "table.md").write_text(text, encoding="utf-8")
+    plot.pareto(rows, options.out / "pareto.png")
+    print(text)
+    names = ", ".join(str(options.out / name) for name in ("rows.jsonl", "table.md", "pareto.png"))
+    print(f"Written: {names}")
+    return 0
+
+
+def quiet() -> None:
+    """Keep transformers' own progress bars and hints off the terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+# --------------------------------------------------------------------------------------------------------- vtc show
+
+
+def _add_show(commands: Any) -> None:
+    parser = _command(commands, "show", "draw which parts of an image survive", SHOW_HELP, SHOW_EXAMPLE)
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture: PNG, JPEG, ...")
+    parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask about it")
+    parser.add_argument(
+        "--spec", action="append", required=True, metavar="SPEC", help="a strategy; repeat it for one more panel"
+    )
+    parser.add_argument(
+        "--keep", metavar="K", help="budget for specs that do not name their own: tokens (64) or a fraction (0.25)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("kept.png"), metavar="FILE", help="picture (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    _add_model(parser)
+    parser.set_defaults(command=run_show)
+
+
+def run_show(options: argparse.Namespace) -> int:
+    """`vtc show`."""
+    from vtc.eval.bench import Options
+    from vtc.eval.show import show
+
+    quiet()
+    chosen = Options(
+        model=options.model,
+        keeps=parse_keeps(options.keep or ""),
+        attention=options.attn,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    answers = show(
+        options.image, options.question, options.spec, chosen, options.out, max_new_tokens=options.max_new_tokens
+    )
+    width = max(len(name) for name in answers)
+    for name, answer in answers.items():
+        print(f"{name.ljust(width)}  {answer}")
+    print(f"Written: {options.out}")
+    return 0
