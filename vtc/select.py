@@ -7,6 +7,7 @@ ever waited for. Ties go to the lowest index, on a CPU as on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 
 import torch
@@ -30,13 +31,18 @@ def unit(features: Tensor) -> Tensor:
     return normalize(features.detach().float(), dim=-1).nan_to_num_(0.0)
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps a caller's autocast away from matrix products, whose rounding would decide between near ties."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
 def most_isolated(rows: Tensor, block: int = 512) -> Tensor:
     """`(B,)`: the row of `unit` rows `(B, N, D)` whose nearest other row is the farthest away.
 
     Works on `block` rows at a time, so that memory is `B * block * N`, not `B * N * N`.
     """
     nearest = []
-    with torch.autocast(rows.device.type, enabled=False):  # half precision would shuffle near ties
+    with full_precision(rows.device):
         for start in range(0, rows.shape[1], block):
             similarity = rows[:, start : start + block] @ rows.mT  # (B, block, N)
             similarity.diagonal(start, 1, 2).fill_(-torch.inf)  # a row is not its own neighbour
@@ -104,7 +110,7 @@ def _greedy(rows: Tensor, k: int, first: Tensor, join: Callable[[Tensor, Tensor]
     Costs one matrix-vector product per choice; no `N x N` matrix. Chosen rows cost infinity, so none is chosen twice.
     """
     chosen = [first]
-    with torch.autocast(rows.device.type, enabled=False):
+    with full_precision(rows.device):
         cost = _cosine(rows, first).scatter_(1, first[:, None], torch.inf)  # (B, N)
         for _ in range(1, k):
             pick = cost.argmin(dim=1)  # (B,)

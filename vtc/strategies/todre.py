@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from vtc.compressor import Compressor, register
-from vtc.select import k_center, max_sum, shuffled, unit
+from vtc.select import full_precision, k_center, max_sum, shuffled, unit
 from vtc.selection import Selection
 from vtc.visual import Encoder, Visual
 
@@ -67,6 +66,6 @@ class ToDRE(Compressor):
             return shuffled(rows.shape[1], self.seed, rows.device)[:1].expand(rows.shape[0])
         if self.pivot == "mean":
             mean = unit(visual.features.float().mean(dim=1, keepdim=True))  # (B, 1, D)
-            with torch.autocast(rows.device.type, enabled=False):
+            with full_precision(rows.device):
                 return (rows @ mean.mT).squeeze(2).argmax(dim=1)
         return visual.saliency[:, 0].argmax(dim=1)
