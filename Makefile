@@ -19,22 +19,21 @@ bin = $(VENV)/bin
 installed = $(VENV)/.installed
 wanted = $(TORCH) $(TRANSFORMERS)
 
-.PHONY: bench test test-oldest pytest-quick lint types format clean
+.PHONY: bench test test-oldest pytest lint types format clean
 
 bench: $(installed)
 	$(bin)/vtc bench --model tiny-llava \
 		--spec fastervlm --spec divprune --spec todre --spec random --spec uniform --spec pool \
 		--keep 0.5,0.25,0.11 --limit 500 --out results/tiny-llava
 
-test: lint types
-	$(bin)/pytest
+test: lint types pytest
 
-# The quick tests again, under the oldest transformers that has to pass.
+# The same tests under the oldest transformers that has to pass, in an environment of its own.
 test-oldest:
-	$(MAKE) pytest-quick VENV=.venv-oldest TRANSFORMERS='$(OLDEST)'
+	$(MAKE) pytest VENV=.venv-oldest TRANSFORMERS='$(OLDEST)'
 
-pytest-quick: $(installed)
-	$(bin)/pytest -m 'not slow'
+pytest: $(installed)
+	$(bin)/pytest
 
 lint: $(installed)
 	$(bin)/ruff check .
