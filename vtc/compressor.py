@@ -151,7 +151,7 @@ def parse(spec: str) -> Compressor:
 
 def as_compressors(spec: str | Compressor | Iterable[str | Compressor]) -> tuple[Compressor, ...]:
     """What `vtc.compress` accepts, as a tuple of compressors."""
-    items = [spec] if isinstance(spec, str | Compressor) else list(spec)
+    items = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
     if not items:
         raise SpecError("no compressor given: name at least one, for example 'fastervlm:keep=64'")
     for item in items:

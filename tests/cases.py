@@ -1,0 +1,24 @@
+"""The compressors that every law is tried on. A new strategy adds a line; a test fails if it is forgotten."""
+
+from __future__ import annotations
+
+KEEP = 5
+
+SPECS = {
+    "divprune": "divprune:keep=5",
+    "fastervlm": "fastervlm:keep=5",
+    "fastervlm-last": "fastervlm:keep=0.3,layer=-1,positions=original",
+    "fastervlm-received": "fastervlm:keep=5,saliency=received",
+    "none": "none",
+    "pool": "pool:keep=6",
+    "pool-overlap": "pool:keep=9,positions=original",
+    "random": "random:keep=5,seed=3",
+    "todre": "todre:keep=5",
+    "todre-k-center": "todre:keep=5,objective=k-center,positions=original",
+    "todre-received": "todre:keep=5,pivot=received",
+    "uniform": "uniform:keep=5",
+    "vtc-cls": "vtc-cls:keep=5,start=0",
+    "vtc-cls-original": "vtc-cls:keep=5,start=0,positions=original",
+}
+
+DROPPING = {name: spec for name, spec in SPECS.items() if name != "none"}

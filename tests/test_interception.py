@@ -1,0 +1,309 @@
+"""Callers that differ: what they pass, how they call, and what they expect back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vtc
+from models import GREEDY, IMAGE, TOKENS, batch, llava, make_llava
+from vtc import adapters
+from vtc.saliency import QUERY_BLOCK, class_attention, received_attention
+
+SPECS = ["fastervlm:keep=5", "divprune:keep=5,positions=original", "pool:keep=6"]
+every_spec = pytest.mark.parametrize("spec", SPECS)
+
+
+def near(value: Tensor, expected: Tensor) -> bool:
+    return bool((value - expected).norm() < 1e-5 * expected.norm())
+
+
+@pytest.fixture
+def model() -> Any:
+    return make_llava()
+
+
+@every_spec
+@torch.no_grad()
+def test_positional_arguments(model: Any, spec: str) -> None:
+    inputs = batch(1).inputs()
+    with vtc.compress(model, spec):
+        expected = model(**inputs).logits
+        assert torch.equal(
+            model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"]).logits, expected
+        )
+        hidden = model.model(inputs["input_ids"], inputs["pixel_values"]).last_hidden_state
+        assert near(model.lm_head(hidden), expected)
+
+
+@every_spec
+@torch.no_grad()
+def test_inputs_embeds_with_pixel_values(model: Any, spec: str) -> None:
+    """Embeddings in which the placeholders are not filled yet: the model fills them, and they are found."""
+    inputs = batch(1, 2).inputs()
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with vtc.compress(model, spec) as run:
+        expected = model(**batch(1, 2).inputs()).logits
+        kept = run.last.kept  # type: ignore[union-attr]
+        assert torch.equal(model(inputs_embeds=embeds, **inputs).logits, expected)
+        assert run.last.kept == kept  # type: ignore[union-attr]
+        tokens = model.generate(inputs_embeds=embeds, **inputs, **GREEDY).sequences
+        ids = batch(1, 2).inputs()
+        assert torch.equal(model.generate(**ids, **GREEDY).sequences[:, ids["input_ids"].shape[1] :], tokens)
+
+
+@every_spec
+@torch.no_grad()
+def test_image_features_computed_before_the_call(model: Any, spec: str) -> None:
+    """`mm_encoder_outputs`: encoded now, used later, in any order, by several calls."""
+    parameters = model.forward.__wrapped__.__code__.co_varnames
+    if "mm_encoder_outputs" not in parameters:
+        pytest.skip("this transformers release has no mm_encoder_outputs")
+    inputs = [batch(2, seed=seed).inputs() for seed in range(2)]
+    with vtc.compress(model, spec) as run:
+        expected = [model(**one).logits for one in inputs]
+        encoded = [model.model.get_image_features(one["pixel_values"], return_dict=True) for one in inputs]
+        for number in (1, 0, 1):
+            text = {key: value for key, value in inputs[number].items() if key != "pixel_values"}
+            assert torch.equal(model(**text, mm_encoder_outputs={"image": encoded[number]}).logits, expected[number])
+            assert len(run.last.kept) == 2  # type: ignore[union-attr]
+        assert torch.equal(model(**text, mm_encoder_outputs={}).logits, reference(text))
+
+
+def reference(text: dict[str, Tensor]) -> Tensor:
+    """An empty dict of encoder outputs is a call without images."""
+    return make_llava()(**text).logits
+
+
+@torch.no_grad()
+def test_image_features_from_before_compress_are_refused(model: Any) -> None:
+    if "mm_encoder_outputs" not in model.forward.__wrapped__.__code__.co_varnames:
+        pytest.skip("this transformers release has no mm_encoder_outputs")
+    inputs = batch(1).inputs()
+    encoded = {"image": model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
+    with vtc.compress(model, "divprune:keep=5") as run:  # needs no rows
+        model(**inputs, mm_encoder_outputs=encoded)
+        assert len(run.last.kept[0]) == 5  # type: ignore[union-attr]
+    with vtc.compress(model, "fastervlm:keep=5"), pytest.raises(vtc.VtcError, match="compute them again"):
+        model(**inputs, mm_encoder_outputs=encoded)
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@every_spec
+@torch.no_grad()
+def test_prepared_masks(spec: str, attention: str, text: str) -> None:
+    """4-D masks, additive and boolean, and dicts of masks per layer type, mean what the 2-D mask means."""
+    model, prompts = llava(text=text, attention=attention), batch(1, 0, 2)
+    inputs = prompts.inputs()
+    flat = inputs.pop("attention_mask")
+    length = flat.shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & flat[:, None, None].bool()
+    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    positions = (flat.cumsum(1) - 1).clamp(min=0)
+    real = flat.bool()
+    with vtc.compress(model, spec):
+        expected = model(**inputs, attention_mask=flat, position_ids=positions).logits
+        masks: list[Any] = [additive, {"full_attention": additive}]
+        if text == "llama":
+            masks = [additive]
+        if attention == "sdpa":
+            masks.append(allowed)
+        for mask in masks:
+            logits = model(**inputs, attention_mask=mask, position_ids=positions).logits
+            assert near(logits[real], expected[real])
+
+
+@every_spec
+@torch.no_grad()
+def test_beams_and_samples_repeat_the_images(model: Any, spec: str) -> None:
+    """Repeated prompts keep the same tokens of the same images, also where transformers repeats encoded features."""
+    prompts = batch(1, 2)
+    inputs = prompts.inputs()
+    with vtc.compress(model, spec) as run:
+        model(**inputs)
+        first, second, third = run.last.kept  # type: ignore[union-attr]
+        beams = model.generate(**inputs, **{**GREEDY, "num_beams": 2})
+        assert run.last.kept == (first, first, second, third, second, third)  # type: ignore[union-attr]
+        torch.manual_seed(0)
+        model.generate(**inputs, **{**GREEDY, "do_sample": True, "num_return_sequences": 2})
+        assert run.last.kept == (first, first, second, third, second, third)  # type: ignore[union-attr]
+        for number in range(2):
+            alone = model.generate(**prompts.alone(number), **{**GREEDY, "num_beams": 2})
+            new = alone.sequences[0, prompts.alone(number)["input_ids"].shape[1] :]
+            assert torch.equal(beams.sequences[number, inputs["input_ids"].shape[1] :], new)
+
+
+@every_spec
+def test_shapes_outside_are_the_old_ones(model: Any, spec: str) -> None:
+    inputs = batch(1, 2).inputs()
+    plain = model(**inputs, output_hidden_states=True)
+    with vtc.compress(model, spec):
+        out = model(**inputs, output_hidden_states=True)
+        assert out.logits.shape == plain.logits.shape
+        assert [layer.shape for layer in out.hidden_states] == [layer.shape for layer in plain.hidden_states]
+        assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+        assert torch.equal(model(**inputs, return_dict=False)[0], out.logits)
+        assert torch.equal(model(**inputs, logits_to_keep=3).logits, out.logits[:, -3:])
+        with pytest.raises(vtc.VtcError, match="output_attentions"):
+            model(**inputs, output_attentions=True)
+
+
+@every_spec
+def test_training(model: Any, spec: str) -> None:
+    """Loss and gradients are those of the short sequence; a label after the image is predicted by the last survivor."""
+    inputs = batch(1).inputs()
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    with vtc.compress(model, spec) as run:
+        out = model(**inputs, labels=labels)
+        out.loss.backward()
+    kept = run.last.kept[0]  # type: ignore[union-attr]
+    start = int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
+    survivors = [*range(start), *(start + index for index in kept), *range(start + TOKENS, labels.shape[1])]
+    short = out.logits[0, survivors], labels[0, survivors]
+    expected = nn.functional.cross_entropy(short[0][:-1], short[1][1:], ignore_index=-100)
+    assert (out.loss - expected).abs() < 1e-5
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    assert gradients["model.multi_modal_projector.linear_1.weight"].norm() > 0
+    assert gradients["model.language_model.layers.0.self_attn.q_proj.weight"].norm() > 0
+
+
+@torch.no_grad()
+def test_a_second_turn_on_the_returned_cache(model: Any) -> None:
+    for spec in SPECS:
+        with vtc.compress(model, spec):
+            for cache in ({}, {"cache_implementation": "static"}):
+                inputs = batch(2).inputs()
+                first = model.generate(**inputs, **GREEDY, **cache)
+                more = torch.randint(10, 100, (1, 4), generator=torch.Generator().manual_seed(1))
+                ids = torch.cat([first.sequences, more], dim=1)
+                pixels = inputs["pixel_values"]
+                expected = model.generate(input_ids=ids, pixel_values=pixels, **GREEDY)
+                if not cache:
+                    second = model.generate(input_ids=ids, past_key_values=first.past_key_values, **GREEDY)
+                    assert torch.equal(second.sequences, expected.sequences)
+                    assert near(torch.stack(second.logits), torch.stack(expected.logits))
+                dynamic = model.generate(**inputs, **GREEDY)
+                assert torch.equal(first.sequences, dynamic.sequences)
+
+
+@torch.no_grad()
+def test_assisted_decoding(model: Any) -> None:
+    inputs = batch(1).inputs()
+    inputs["input_ids"][:, -4:] = torch.tensor([20, 21, 20, 21])  # something to look up
+    for spec in SPECS:
+        with vtc.compress(model, spec):
+            expected = model.generate(**inputs, **GREEDY)
+            assert torch.equal(
+                model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2).sequences, expected.sequences
+            )
+
+
+@torch.no_grad()
+def test_a_copied_cache_is_its_own(model: Any) -> None:
+    """One encoded image, many questions: copies of a prefilled cache answer as fresh prompts would."""
+    inputs = batch(1).inputs()
+    ids = inputs["input_ids"]
+    with vtc.compress(model, "fastervlm:keep=5"):
+        prefix = model(input_ids=ids[:, :-2], pixel_values=inputs["pixel_values"]).past_key_values
+        expected = model(**inputs).logits[:, -1]
+        for _ in range(2):
+            cache = copy.deepcopy(prefix)
+            assert near(model(input_ids=ids[:, -2:], past_key_values=cache).logits[:, -1], expected)
+        assert prefix.get_seq_length() == ids.shape[1] - 2
+        with pytest.raises(vtc.VtcError, match="inside its visual tokens"):
+            prefix.crop(5)
+
+
+@torch.no_grad()
+def test_wrapped_models_are_found(model: Any) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"model": model})
+
+    inputs = batch(1).inputs()
+    with vtc.compress(Wrapper(), "divprune:keep=3") as run:
+        model(**inputs)
+    assert run.last is not None and len(run.last.kept[0]) == 3
+    assert adapters.find(model.model).multimodal is model.model
+
+
+@torch.no_grad()
+def test_split_images_are_refused(model: Any) -> None:
+    inputs = batch(1).inputs()
+    with vtc.compress(model, "divprune:keep=3"), pytest.raises((vtc.VtcError, ValueError), match=r"split|chunk"):
+        model.generate(**inputs, **GREEDY, prefill_chunk_size=10)
+
+
+@dataclass(kw_only=True)
+class Recorder(vtc.Scorer):
+    """Keeps what one layer's row says, and remembers the row."""
+
+    kind: str
+    layer: int
+    rows: list
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.kind})
+
+    def layers(self, encoder: vtc.Encoder) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def score(self, visual: vtc.Visual) -> Tensor:
+        self.rows.append(visual.saliency[:, 0])
+        return visual.saliency[:, 0]
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_saliency_rows_are_the_encoders_own_attention(tower: str, attention: str) -> None:
+    """The recomputed rows are those of the maps that the eager encoder returns."""
+    eager, model = make_llava(tower, attention="eager"), make_llava(tower, attention=attention)
+    pixels = batch(2).inputs()["pixel_values"]
+    maps = eager.model.vision_tower(pixels, output_attentions=True).attentions
+    adapter = adapters.find(model)
+    kind = "cls" if tower == "clip" else "received"
+    for layer in range(3):
+        mean = maps[layer].mean(1)  # (B, S, S)
+        expected = mean[:, 0, 1:] if kind == "cls" else mean.mean(1)  # (B, N)
+        rows: list[Tensor] = []
+
+        @vtc.compressor.dataclass(kw_only=True)  # type: ignore[attr-defined,misc]
+        class Record(vtc.Scorer):
+            name = "record"
+
+            @property
+            def needs(self) -> frozenset[str]:
+                return frozenset({kind})
+
+            def layers(self, encoder: vtc.Encoder) -> tuple[int, ...]:
+                return (layer,)  # noqa: B023
+
+            def score(self, visual: vtc.Visual) -> Tensor:
+                rows.append(visual.saliency[:, 0])  # noqa: B023
+                return visual.saliency[:, 0]
+
+        with vtc.compress(model, Record(keep=3)):
+            model(**batch(2).inputs())
+        assert adapter.encoder_info.depth == 3
+        assert (rows[0] - expected).abs().max() < 1e-6
+
+
+def test_blocked_received_attention_is_the_mean_of_the_map() -> None:
+    for length in (1, 5, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 7):
+        query, key = torch.randn(2, 2, length, 8).unbind()
+        heads = [
+            (query[..., part].double() @ key[..., part].double().mT * 0.5).softmax(-1)
+            for part in (slice(0, 4), slice(4, 8))
+        ]
+        maps = torch.stack(heads).mean(0)  # (B, S, S)
+        assert (received_attention(query, key, 2, 0.5) - maps.mean(1)).abs().max() < 1e-6
+        assert (class_attention(query, key, 2, 0.5) - maps[:, 0]).abs().max() < 1e-6

@@ -1,0 +1,140 @@
+"""Bad input: one clear line that says what would be right, and a model that is as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+import vtc
+from models import IMAGE, batch, make_llava
+
+
+@dataclass(kw_only=True)
+class Wrong(vtc.Compressor):
+    """A strategy that returns what it must not."""
+
+    index: tuple[int, ...] = ()
+    need: str = "features"
+
+    def _check_types(self) -> None: ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.need})
+
+    def select(self, visual: vtc.Visual) -> vtc.Selection:
+        index = torch.tensor(self.index).expand(visual.features.shape[0], -1)
+        return vtc.Selection(index, visual.layout.tokens)
+
+
+REFUSED = {
+    "unknown strategy": ("fastvlm:keep=5", "did you mean 'fastervlm'"),
+    "unknown key": ("fastervlm:kep=5", "did you mean 'keep'"),
+    "keep of zero": ("fastervlm:keep=0", "at least 1 token"),
+    "negative keep": ("fastervlm:keep=-3", "at least 1 token"),
+    "fraction above one": ("fastervlm:keep=1.5", "0 < keep <= 1.0"),
+    "more than there are": ("fastervlm:keep=17", "at most 16"),
+    "not a number": ("fastervlm:keep=many", "a whole number or a number"),
+    "a layer too deep": ("fastervlm:layer=3", "3 layers"),
+    "nothing": ([], "name at least one"),
+    "a number": (5, "spec string"),
+    "two at one place": (["random", "uniform"], "one compressor"),
+    "an unknown need": (Wrong(need="telepathy"), "telepathy"),
+}
+
+
+@pytest.mark.parametrize(("spec", "hint"), REFUSED.values(), ids=REFUSED)
+@torch.no_grad()
+def test_a_bad_spec_leaves_the_model_as_it_was(spec: Any, hint: str) -> None:
+    model, inputs = make_llava(), batch(1).inputs()
+    with pytest.raises(vtc.VtcError, match=hint) as caught:
+        vtc.compress(model, spec)
+    assert "\n" not in str(caught.value)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+    session = vtc.compress(model, "random:keep=4")
+    expected = model(**inputs).logits
+    with pytest.raises(vtc.VtcError):
+        vtc.compress(model, spec)
+    assert session.active and torch.equal(model(**inputs).logits, expected)
+
+
+def text_only() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    )
+
+
+def with_class_token_in_the_features() -> nn.Module:
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text_only().config,
+        image_token_id=IMAGE,
+        vision_feature_select_strategy="full",
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+UNSUPPORTED = {
+    "text only": (text_only, "random", "not a vision-language model"),
+    "a module": (lambda: nn.Linear(2, 2), "random", "not a vision-language model"),
+    "no module": (lambda: "llava", "random", "expected a torch.nn.Module"),
+    "no class token": (lambda: make_llava("siglip"), "fastervlm", "fastervlm:saliency=received, .*divprune"),
+    "pivot without class token": (lambda: make_llava("siglip"), "todre", "todre:pivot=random"),
+    "class token among the features": (with_class_token_in_the_features, "random", "'default' does"),
+}
+
+
+@pytest.mark.parametrize(("build", "spec", "hint"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_an_unsupported_model_is_refused(build: Any, spec: str, hint: str) -> None:
+    model = build()
+    with pytest.raises(vtc.UnsupportedModelError, match=hint) as caught:
+        vtc.compress(model, spec)
+    assert "\n" not in str(caught.value)
+    if isinstance(model, nn.Module):
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+WRONG = {
+    "too few": (0, 1, 2),
+    "descending": (3, 2, 1, 0),
+    "twice the same": (0, 1, 1, 2),
+    "beyond the end": (0, 1, 2, 16),
+    "before the start": (-1, 0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("index", WRONG.values(), ids=WRONG)
+@torch.no_grad()
+def test_a_strategy_that_breaks_its_contract_is_caught(index: tuple[int, ...]) -> None:
+    model = make_llava()
+    with vtc.compress(model, Wrong(keep=4, index=index)), pytest.raises((vtc.VtcError, RuntimeError)) as caught:
+        model(**batch(2).inputs())
+    assert isinstance(caught.value, vtc.VtcError)
+
+
+def test_an_undeclared_need_is_named() -> None:
+    model = make_llava()
+    with (
+        vtc.compress(model, Wrong(keep=1, index=(0,), need="cls")),
+        pytest.raises(AttributeError, match="features.*needs"),
+    ):
+        model(**batch(1).inputs())
+
+
+@torch.no_grad()
+def test_pixels_that_are_never_encoded_are_an_error() -> None:
+    """Should the model find another way to its features, the caller hears that nothing was dropped."""
+    model, inputs = make_llava(), batch(1).inputs()
+    features = model.get_image_features(inputs["pixel_values"])
+    model.model.get_image_features = lambda *args, **kwargs: features
+    with vtc.compress(model, "random:keep=4"), pytest.raises(vtc.VtcError, match="never ran"):
+        model(**inputs)
