@@ -145,7 +145,7 @@ def answer(
 
 def score(answers: Sequence[str], items: Sequence[Item]) -> tuple[Score, dict[str, Score]]:
     """The score over all questions, and per type of question in order of first appearance."""
-    right = [given == normalise(item.answer) for given, item in zip(answers, items, strict=True)]
+    right = [normalise(given) == normalise(item.answer) for given, item in zip(answers, items, strict=True)]
     types: dict[str, list[bool]] = {}
     for item, good in zip(items, right, strict=True):
         types.setdefault(item.type, []).append(good)

@@ -8,6 +8,7 @@ join every run at every `keep` that occurs in it.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -326,14 +327,13 @@ def device_name(device: torch.device) -> str:
 def check_folder(out: Path, *, overwrite: bool = False) -> Path:
     """The path of the folder's `rows.jsonl`. Results of an earlier run are refused, unless `overwrite`."""
     path = out / "rows.jsonl"
-    if out.exists() and not out.is_dir():
-        raise VtcError(f"--out {out} is a file; give a folder")
+    nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise VtcError(f"--out {out}: {nearest} is a file; give a folder")
+    if not os.access(nearest, os.W_OK):
+        raise VtcError(f"--out {out}: {nearest} cannot be written to; give another folder")
     if path.exists() and path.stat().st_size and not overwrite:
         raise VtcError(f"{path} has results already: choose another --out, or replace them with --overwrite")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VtcError(f"cannot make the folder {out}: {error.strerror}") from error
     return path
 
 
@@ -349,6 +349,7 @@ def run(options: Options, out: Path, *, overwrite: bool = False, progress: bool 
     bench = Bench.load(options, plan)
     shapes = bench.try_out(plan)
     rows = []
+    out.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for row in bench.rows(plan, shapes, progress=progress):
             file.write(json.dumps(row) + "\n")

@@ -20,7 +20,7 @@ from vtc.errors import SpecError, VtcError
 if TYPE_CHECKING:
     from vtc.compressor import Compressor
 
-EXTRAS = {"PIL": "viz", "matplotlib": "viz", "tabulate": "eval", "numpy": "eval"}  # package -> extra that brings it
+OPTIONAL = frozenset({"PIL", "matplotlib", "tabulate"})  # packages that come with an extra
 SPEC_HELP = """
 A SPEC names a strategy and, after a colon, its parameters:
   fastervlm    fastervlm:keep=64    todre:keep=0.25,pivot=mean
@@ -76,19 +76,19 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
     try:
-        options = parser.parse_args(arguments)
-        if options.command is None:
-            parser.print_help()
-            return 0
-        return options.command(options) or 0
+        return options.command(options)
     except VtcError as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL:
             raise
-        return fail(f'this command needs {error.name}, which is not installed: pip install "vtc[{extra}]"')
+        return fail(f'this command needs {package}, which is not installed: pip install "vtc[{options.extra}]"')
     except BrokenPipeError:  # `vtc list | head`
         sys.stderr.close()
         return 0
@@ -200,7 +200,7 @@ def _add_bench(commands: Any) -> None:
         help="how survivors are numbered, for all specs (default: what each paper's code does)",
     )
     parser.add_argument("--no-latency", action="store_true", help="measure no times; those columns stay empty")
-    parser.set_defaults(command=run_bench)
+    parser.set_defaults(command=run_bench, extra="eval")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +233,8 @@ def parse_keeps(text: str) -> tuple[int | float, ...]:
 
 def run_bench(options: argparse.Namespace) -> int:
     """`vtc bench`."""
+    import matplotlib  # noqa: F401  # the plot comes last, but without this package nothing should begin
+
     from vtc.eval import bench, plot, table
 
     quiet()
@@ -287,7 +289,7 @@ def _add_show(commands: Any) -> None:
         "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: %(default)s)"
     )
     _add_model(parser)
-    parser.set_defaults(command=run_show)
+    parser.set_defaults(command=run_show, extra="viz")
 
 
 def run_show(options: argparse.Namespace) -> int:

@@ -1,0 +1,255 @@
+"""The command line: what it prints, what it writes, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import vtc
+from checkpoints import TOKENS, save_llava, save_text_only
+from vtc import cli
+from vtc.eval import scenes
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and pictures, good and bad."""
+    root = tmp_path_factory.mktemp("root")
+    save_llava(root / "clip")
+    save_llava(root / "siglip", "siglip")
+    save_text_only(root / "text-only")
+    (root / "empty").mkdir()
+    next(scenes.questions()).image.save(root / "scene.png")
+    Image.new("RGB", (200, 90), (90, 140, 60)).save(root / "wide.jpg")
+    (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not a picture")
+    (root / "notes.txt").write_text("not a picture")
+    (root / "results").mkdir()
+    (root / "results" / "rows.jsonl").write_text("{}\n")
+    return root
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    capsys.readouterr()
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:  # argparse leaves like this
+        code = int(end.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def python(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+BENCH = ("bench", "--model", "{root}/clip", "--out", "{root}/new", "--limit", "2", "--no-latency")
+SHOW = ("show", "{root}/scene.png", "--question", "What is red?", "--model", "{root}/clip", "--out", "{root}/k.png")
+BAD_INPUT = {
+    # what a compressor may be
+    "unknown strategy": ((*BENCH, "--spec", "fastvlm"), "did you mean 'fastervlm'?"),
+    "unknown key": ((*BENCH, "--spec", "fastervlm:kep=3"), "did you mean 'keep'?"),
+    "key without value": ((*BENCH, "--spec", "fastervlm:keep"), "is not key=value"),
+    "empty spec": ((*BENCH, "--spec", ""), "unknown strategy ''"),
+    "value of a wrong kind": ((*BENCH, "--spec", "random:seed=red"), "a whole number"),
+    "none with a budget": ((*BENCH, "--spec", "none:keep=0.5"), "leave keep out"),
+    # how much it may keep
+    "keep of zero": ((*BENCH, "--spec", "uniform:keep=0"), "at least 1 token"),
+    "keep of zero as a fraction": ((*BENCH, "--spec", "uniform", "--keep", "0.0"), "0 < keep <= 1.0"),
+    "negative keep": ((*BENCH, "--spec", "uniform", "--keep", "0.5,-3"), "at least 1 token"),
+    "negative fraction": ((*BENCH, "--spec", "uniform:keep=-0.5"), "0 < keep <= 1.0"),
+    "fraction above one": ((*BENCH, "--spec", "uniform", "--keep", "1.5"), "0 < keep <= 1.0"),
+    "more than there is": ((*BENCH, "--spec", f"uniform:keep={TOKENS + 1}"), f"use at most {TOKENS}"),
+    "more than there is, for all": ((*BENCH, "--spec", "uniform", "--keep", "999"), f"use at most {TOKENS}"),
+    "keep is a word": ((*BENCH, "--keep", "half"), "neither a number of tokens (64) nor a fraction (0.25)"),
+    "keep is not a number": ((*BENCH, "--keep", "nan"), "0 < keep <= 1.0"),
+    "no keep at all": ((*BENCH, "--keep", ","), "for example 0.25"),
+    # which model
+    "unknown model": ((*BENCH, "--model", "tiny-lava"), "no bundled model and no checkpoint folder"),
+    "folder without a model": ((*BENCH, "--model", "{root}/empty"), "no config.json"),
+    "text-only model": ((*BENCH, "--model", "{root}/text-only"), "takes no images"),
+    "need the tower cannot meet": ((*BENCH, "--model", "{root}/siglip", "--spec", "fastervlm"), "received"),
+    "unknown attention": ((*BENCH, "--attn", "psychic"), "psychic"),
+    "unknown dtype": ((*BENCH, "--dtype", "int7"), "float32, bfloat16, float16"),
+    "unknown device": ((*BENCH, "--device", "abacus"), "use one of: cpu"),
+    # how to run
+    "limit of zero": ((*BENCH, "--limit", "0"), "use at least 1"),
+    "limit is a word": ((*BENCH, "--limit", "few"), "--limit"),
+    "batches of nothing": ((*BENCH, "--batch-size", "0"), "use at least 1"),
+    "unknown numbering": ((*BENCH, "--positions", "sideways"), "contiguous"),
+    "earlier results": ((*BENCH, "--out", "{root}/results"), "--overwrite"),
+    "a file for a folder": ((*BENCH, "--out", "{root}/notes.txt"), "give a folder"),
+    "a folder in a file": ((*BENCH, "--out", "{root}/notes.txt/results"), "give a folder"),
+    "no folder": (("bench", "--spec", "uniform"), "--out"),
+    "unknown option": (("bench", "--out", "x", "--fast"), "--fast"),
+    "unknown command": (("bensh",), "'bench'"),
+    # what to show
+    "no such picture": (("show", "{root}/nothing.png", *SHOW[2:], "--spec", "uniform"), "no file"),
+    "not a picture": (("show", "{root}/notes.txt", *SHOW[2:], "--spec", "uniform"), "as a picture"),
+    "a broken picture": (("show", "{root}/broken.png", *SHOW[2:], "--spec", "uniform"), "as a picture"),
+    "a folder as a picture": (("show", "{root}", *SHOW[2:], "--spec", "uniform"), "as a picture"),
+    "show an unknown strategy": ((*SHOW, "--spec", "pol"), "did you mean 'pool'?"),
+    "show more than there is": ((*SHOW, "--spec", "uniform", "--keep", "17"), "use at most 16"),
+    "show without a spec": (SHOW, "--spec"),
+    "show without words": ((*SHOW, "--spec", "pool", "--max-new-tokens", "0"), "use at least 1"),
+    "write no picture": ((*SHOW, "--spec", "pool", "--out", "{root}/kept.doc"), "kept.png"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, expected = BAD_INPUT[name]
+    code, out, err = run(capsys, *(argument.format(root=root) for argument in arguments))
+    assert code == 2
+    assert err.startswith("vtc: error: ") and err.count("\n") == 1, err
+    assert expected in err
+    assert "Traceback" not in err and not out
+    assert not (root / "new").exists()
+
+
+def test_bad_input_in_a_process_of_its_own(root: Path) -> None:
+    """Nothing that libraries print at import or while loading gets in between."""
+    found = python(
+        "-m", "vtc", "bench", "--model", root / "clip", "--out", root / "new", "--spec", f"pool,uniform:keep={TOKENS}"
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("vtc: error: unknown strategy") and found.stderr.count("\n") == 1
+    found = python("-m", "vtc", "bench", "--model", root / "siglip", "--out", root / "new", "--spec", "fastervlm")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("vtc: error: fastervlm") and found.stderr.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "describe", lambda cls: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["list"])
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [("tabulate", BENCH, "eval"), ("matplotlib", BENCH, "eval"), ("PIL", (*SHOW, "--spec", "pool"), "viz")],
+)
+def test_missing_package_names_the_extra(package: str, command: tuple[str, ...], extra: str, root: Path) -> None:
+    """Before anything is measured, that is."""
+    code = f"import sys; sys.modules['{package}'] = None; from vtc.cli import main; sys.exit(main(sys.argv[1:]))"
+    found = python("-c", code, *(argument.format(root=root) for argument in command))
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("vtc: error: ") and found.stderr.count("\n") == 1, found.stderr
+    assert package in found.stderr and f'pip install "vtc[{extra}]"' in found.stderr
+    assert not (root / "new").exists()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"vtc {vtc.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [[], ["list"], ["bench"], ["show"]])
+def test_help_explains(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *command, "--help")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 90
+    if command in (["bench"], ["show"]):
+        assert "whole number counts" in " ".join(out.split()) and "example" in out
+
+
+def test_without_arguments_comes_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert all(word in out for word in ("list", "bench", "show"))
+
+
+def test_list_names_every_strategy(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "list")
+    head, *lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert head.split() == ["name", "site", "needs", "positions", "paper", "summary"]
+    assert [line.split()[0] for line in lines] == list(vtc.available())
+    column = head.index("needs")
+    fastervlm = next(line for line in lines if line.startswith("fastervlm"))
+    assert fastervlm[column:].startswith("cls ") and "2412.01818" in fastervlm
+
+
+def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "list", "--json")
+    entries = {entry["name"]: entry for entry in json.loads(out)}
+    assert code == 0 and list(entries) == list(vtc.available())
+    todre = entries["todre"]
+    assert (todre["site"], todre["needs"], todre["paper"]) == ("input", ["cls", "features"], "2505.18757")
+    assert todre["parameters"]["pivot"] == "cls"
+    assert all(entry["summary"] for entry in entries.values())
+
+
+def test_strategies_of_the_user_are_listed_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtc import compressor
+
+    monkeypatch.setattr(compressor, "_registry", {**compressor._registry})
+
+    @vtc.register("mine")
+    class Mine(vtc.Compressor):
+        """Keep what I like."""
+
+    code, out, _ = run(capsys, "list")
+    assert code == 0 and any(
+        line.startswith("mine ") and line.endswith("Keep what I like.") for line in out.splitlines()
+    )
+
+
+def test_bench_writes_rows_table_and_plot(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "results"
+    arguments = ("bench", "--model", root / "clip", "--spec", "fastervlm", "--spec", "pool:keep=4", "--keep", "0.5,3")
+    code, printed, err = run(capsys, *arguments, "--limit", "6", "--no-latency", "--out", out)
+    assert code == 0
+    assert "answer/s" in err, "a progress bar"
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    wanted = {"model", "spec", "keep", "tokens_in", "tokens_out", "prefill_flops", "ttft_ms", "ideal_ttft_ms"}
+    wanted |= {"decode_tokens_per_s", "accuracy", "accuracy_ci", "agreement", "n", "seed", "versions"}
+    assert all(wanted <= set(row) for row in rows)
+    assert {"none", "blind", "fastervlm:keep=0.5", "fastervlm:keep=3", "pool:keep=4"} <= {row["spec"] for row in rows}
+    table = (out / "table.md").read_text()
+    assert table in printed and "| fastervlm" in table
+    assert (out / "pareto.png").stat().st_size > 5000
+    assert str(out / "pareto.png") in printed
+
+
+def test_bench_again_needs_overwrite(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "bench",
+        "--model",
+        root / "clip",
+        "--spec",
+        "uniform:keep=4",
+        "--limit",
+        "2",
+        "--no-latency",
+        "--out",
+        tmp_path,
+    )
+    assert run(capsys, *arguments)[0] == 0
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert run(capsys, *arguments)[0] == 2
+    assert (tmp_path / "rows.jsonl").read_text() == before
+    assert run(capsys, *arguments, "--overwrite", "--attn", "eager", "--positions", "original")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["attention"] for row in rows} == {"eager"}
+    assert {row["positions"] for row in rows if row["strategy"] == "uniform"} == {"original"}
+
+
+def test_show_answers_and_draws(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "pictures" / "kept.png"
+    arguments = ("show", root / "wide.jpg", "--question", "Which shape is red?", "--model", root / "clip")
+    code, out, err = run(capsys, *arguments, "--spec", "uniform", "--spec", "pool:keep=4", "--keep", "5", "--out", kept)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == ["all tokens", "uniform:keep=5", "pool:keep=4"]
+    assert str(kept) in lines[3]
+    with Image.open(kept) as picture:
+        assert picture.width > 3 * 600, "three panels"
