@@ -77,12 +77,12 @@ def test_apply_keeps_the_dtype_and_prunes_bit_for_bit(dtype: torch.dtype) -> Non
     assert merging(N, 4, seed=2).apply(x).dtype == dtype
 
 
-def test_merging_accumulates_in_float32() -> None:
-    """513 ones are 512 when rounded once, at the end; a bfloat16 accumulator would never get past 256."""
-    size = 513
-    slot, source = torch.zeros(1, size, dtype=torch.long), torch.arange(size)[None]
-    merged = Selection(torch.zeros(1, 1, dtype=torch.long), size, slot, source, torch.ones(1, size))
-    assert merged.apply(torch.ones(1, size, 1, dtype=torch.bfloat16)).item() == 512.0
+def test_merging_weighs_and_adds_in_float32() -> None:
+    """Rounded to bfloat16 on the way, 0.3 x 256 and 0.3 x 255 are half a unit apart."""
+    entry, weight = torch.tensor([[0, 1]]), torch.tensor([[0.3, 0.3]])
+    merged = Selection(torch.zeros(1, 1, dtype=torch.long), 2, torch.zeros_like(entry), entry, weight)
+    x = torch.tensor([[[256.0], [-255.0]]], dtype=torch.bfloat16)
+    assert merged.apply(x).item() == pytest.approx(0.3, rel=0.01)
 
 
 def test_apply_does_not_change_its_input() -> None:
