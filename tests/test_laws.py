@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,6 +166,32 @@ def test_law_4_batch(spec: str, attention: str, dtype: torch.dtype) -> None:
             image += images
 
 
+@every_attention
+@every_dropping_spec
+@torch.no_grad()
+def test_law_4_rows_of_one_length_with_different_images(spec: str, attention: str) -> None:
+    """Nothing is padded, so no mask is given; yet what is left of the rows differs in length."""
+    model, prompts = llava(attention=attention), batch(2, 1, 0)
+    generator = torch.Generator().manual_seed(1)
+    longest = max(len(row) for row in prompts.rows)
+    more = [torch.randint(10, 100, (longest - len(row),), generator=generator) for row in prompts.rows]
+    prompts = replace(prompts, rows=tuple(torch.cat(pair) for pair in zip(prompts.rows, more, strict=True)))
+    inputs = prompts.inputs()
+    del inputs["attention_mask"]
+    with vtc.compress(model, spec):
+        tokens, logits = generate(model, inputs)
+        cache = None
+        for step in range(tokens.shape[1]):  # without generate, which numbers the positions itself
+            given = inputs if step == 0 else {"input_ids": tokens[:, step - 1 : step]}
+            out = model(**given, past_key_values=cache)
+            cache = out.past_key_values
+            assert error(out.logits[:, -1], logits[:, step]) < CLOSE[torch.float32]
+        for number in range(3):
+            alone, logits_alone = generate(model, prompts.alone(number))
+            assert torch.equal(alone[0], tokens[number])
+            assert error(logits_alone[0], logits[number]) < CLOSE[torch.float32]
+
+
 @torch.no_grad()
 def test_law_4_padding_is_not_carried_along() -> None:
     """A long row with images and a short one without become as short as the survivors allow."""
@@ -259,6 +288,20 @@ def test_law_7_interleaved_generation() -> None:
                 logits[:, IMAGE] = -torch.inf
                 token = logits.argmax(-1, keepdim=True)
                 outs[number] = model(input_ids=token, past_key_values=outs[number].past_key_values)
+
+
+@torch.no_grad()
+def test_law_7_a_session_holds_no_tensor_of_a_call() -> None:
+    """Prompts, pixels and features are freed with the call; a report needs a few indices only."""
+    model, inputs = llava(), batch(1, 2).inputs()
+    given = {name: weakref.ref(tensor) for name, tensor in inputs.items()}
+    with vtc.compress(model, "fastervlm:keep=4") as run:
+        out = model(**inputs)
+        given["logits"] = weakref.ref(out.logits)
+        del inputs, out
+        gc.collect()
+        assert {name for name, tensor in given.items() if tensor() is not None} == set()
+        assert run.last is not None
 
 
 def hook_tables(model: torch.nn.Module) -> dict[str, list[int]]:

@@ -125,7 +125,7 @@ def test_an_undeclared_need_is_named() -> None:
     model = make_llava()
     with (
         vtc.compress(model, Wrong(keep=1, index=(0,), need="cls")),
-        pytest.raises(AttributeError, match="features.*needs"),
+        pytest.raises(AttributeError, match=r"features.*needs"),
     ):
         model(**batch(1).inputs())
 
