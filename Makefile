@@ -22,9 +22,8 @@ wanted = $(TORCH) $(TRANSFORMERS)
 .PHONY: bench test test-oldest pytest lint types format clean
 
 bench: $(installed)
-	$(bin)/vtc bench --model tiny-llava \
-		--spec fastervlm --spec divprune --spec todre --spec random --spec uniform --spec pool \
-		--keep 0.5,0.25,0.11 --limit 500 --out results/tiny-llava
+	$(bin)/vtc bench --model tiny-llava --spec fastervlm --spec divprune --spec todre --keep 0.5,0.25,0.11 \
+		--limit 500 --overwrite --out results/tiny-llava
 
 test: lint types pytest
 
