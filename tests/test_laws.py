@@ -106,7 +106,7 @@ def survivors(compressor: Any, feature: Tensor, report: Any, image: int) -> Tens
     """What the language model gets of one image, `(K, D)`: its own rows, or the means that `pool` makes of them."""
     if report.sources[image] is None:
         return feature[list(report.kept[image])]
-    visual = Visual(Layout(TOKENS, report.grids[image]), {"features": lambda: feature[None]})
+    visual = Visual(Layout(TOKENS, report.grids[image]), 1, feature.device, {"features": lambda: feature[None]})
     weights = compressor.select(visual).matrix()[0]  # (K, N)
     return (weights @ feature.float()).to(feature.dtype)
 

@@ -188,3 +188,18 @@ def test_entries_come_together_and_in_one_shape() -> None:
 def test_sizes_have_to_fit_to_compose() -> None:
     with pytest.raises(ValueError, match="first keeps 4 tokens, the second expects 5"):
         pruning(N, 4, 1).then(pruning(5, 2, 1))
+
+
+def test_pruning_a_merge_adds_no_entries() -> None:
+    """Composition stays sparse where it can: memory is that of the merge, not of a dense map."""
+    entries = torch.tensor([[0, 0, 1, 2, 2, 2]]), torch.tensor([[0, 1, 2, 3, 4, 5]]), torch.ones(1, 6)
+    merge = Selection(torch.tensor([[0, 2, 3]]), 6, *entries)
+    prune = Selection(torch.tensor([[0, 2]]), 3)
+    x = torch.randn(1, 6, 4)
+    both = merge.then(prune)
+    assert both.weight is not None and both.weight.shape == (1, 6)
+    assert torch.equal(both.apply(x), prune.apply(merge.apply(x)))
+    assert both.index.tolist() == [[0, 3]]
+    late = Selection(torch.tensor([[1, 2, 5]]), 6).then(Selection(torch.tensor([[0]]), 3, *(e[:, :2] for e in entries)))
+    assert late.source is not None and late.source.tolist() == [[1, 2]]
+    assert late.index.tolist() == [[1]]

@@ -14,6 +14,8 @@ from vtc.compressor import Compressor, Scorer, as_compressors, available, parse,
 from vtc.errors import SpecError, VtcError
 from vtc.visual import Layout, Visual
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +239,7 @@ def test_register_twice() -> None:
     assert strategy("demo") is again and strategy("random").__name__ == "Random"
 
 
-@pytest.mark.parametrize("name", ["a:b", "a,b", "a=b", "a+b", "a b", ":", " "])
+@pytest.mark.parametrize("name", ["a:b", "a,b", "a=b", "a+b", "a b", "a\tb", ":", " ", ""])
 def test_names_that_specs_could_not_hold(name: str) -> None:
     before = available()
     with pytest.raises(SpecError, match="cannot be a strategy name"):
@@ -246,7 +248,7 @@ def test_names_that_specs_could_not_hold(name: str) -> None:
 
 
 def test_a_strategy_has_to_select() -> None:
-    visual = Visual(Layout(4, (1, 2, 2)), {})
+    visual = Visual(Layout(4, (1, 2, 2)), 1, CPU, {})
     with pytest.raises(NotImplementedError, match=r"Demo must implement select\(visual\)"):
         Demo().select(visual)
 
@@ -272,17 +274,17 @@ def test_a_scorer_keeps_the_best() -> None:
             return visual.features.norm(dim=-1)
 
     x = torch.tensor([[[1.0], [3.0], [-3.0], [2.0]]])
-    kept = parse("norm:keep=2").select(Visual(Layout(4, (1, 2, 2)), {"features": lambda: x}))
+    kept = parse("norm:keep=2").select(Visual(Layout(4, (1, 2, 2)), 1, CPU, {"features": lambda: x}))
     assert kept.index.tolist() == [[1, 2]]
     assert str(parse("norm:keep=0.5")) == "norm:keep=0.5"
 
 
 def test_undeclared_needs_are_not_there() -> None:
     with pytest.raises(AttributeError, match=r"Visual\.saliency was not declared: add it to the strategy's `needs`"):
-        _ = Visual(Layout(4, (1, 2, 2)), {}).saliency
+        _ = Visual(Layout(4, (1, 2, 2)), 1, CPU, {}).saliency
 
 
 def test_features_are_loaded_once() -> None:
     calls: list[int] = []
-    visual = Visual(Layout(1, (1, 1, 1)), {"features": lambda: calls.append(1) or torch.zeros(1, 1, 1)})  # type: ignore[func-returns-value]
+    visual = Visual(Layout(1, (1, 1, 1)), 1, CPU, {"features": lambda: calls.append(1) or torch.zeros(1, 1, 1)})  # type: ignore[func-returns-value]
     assert visual.features is visual.features and calls == [1]

@@ -29,7 +29,7 @@ def layout(grid: tuple[int, int, int]) -> Layout:
 
 def view(grid: tuple[int, int, int], features: Tensor, saliency: Tensor | None = None, tokens: int = 0) -> Visual:
     loaders = {"features": lambda: features} | ({} if saliency is None else {"saliency": lambda: saliency})
-    return Visual(Layout(tokens or math.prod(grid), grid), loaders)
+    return Visual(Layout(tokens or math.prod(grid), grid), features.shape[0], features.device, loaders)
 
 
 def draw_features(kind: str, tokens: int, batch: int = 2) -> Tensor:
@@ -107,7 +107,7 @@ def test_fastervlm_layer(spec: str, layer: int) -> None:
 
 @pytest.mark.parametrize("layer", [24, -25, 100])
 def test_fastervlm_layer_out_of_range(layer: int) -> None:
-    with pytest.raises(SpecError, match=rf"layer={layer} .* has 24 layers, -24 to 23"):
+    with pytest.raises(SpecError, match=rf"layer {layer} .* has 24 layers, -24 to 23"):
         parse(f"fastervlm:layer={layer}").layers(CLIP_L)
 
 
@@ -505,7 +505,7 @@ def test_only_declared_needs_are_read(spec: str) -> None:
     tensors = {"features": torch.randn(1, 25, 4), "saliency": torch.rand(1, 3, 25)}
     declared = {"features": {"features"}, "saliency": {"cls", "received"}}
     loaders = {name: (lambda x=x: x) for name, x in tensors.items() if declared[name] & compressor.needs}
-    compressor.select(Visual(Layout(25, (1, 5, 5)), loaders))  # type: ignore[arg-type]
+    compressor.select(Visual(Layout(25, (1, 5, 5)), 1, torch.device("cpu"), loaders))  # type: ignore[arg-type]
 
 
 class NoHostSync(TorchDispatchMode):

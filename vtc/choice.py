@@ -96,7 +96,7 @@ def _visual(
         loaders["saliency"] = lambda: (
             saliency() if len(members) == total else torch.stack([saliency()[n] for n in members])
         )
-    return Visual(layout, loaders)
+    return Visual(layout, len(members), features[members[0]].device, loaders)
 
 
 def _check(

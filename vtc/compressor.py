@@ -104,10 +104,11 @@ def register(name: str) -> Callable[[C], C]:
     """Class decorator: make a `Compressor` available under `name`, in specs and on the command line."""
 
     def add(cls: C) -> C:
-        if name in _registry and _registry[name].__qualname__ != cls.__qualname__:
-            raise SpecError(f"a strategy named '{name}' is already registered: {_registry[name].__qualname__}")
-        if any(character in name for character in ":,=+ "):
-            raise SpecError(f"'{name}' cannot be a strategy name: it contains one of ':,=+' or a space")
+        if not name or any(character in ":,=+" or character.isspace() for character in name):
+            raise SpecError(f"'{name}' cannot be a strategy name: it is empty or has one of ':,=+' or a space in it")
+        known = _registry.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # running a cell again is fine
+            raise SpecError(f"a strategy named '{name}' is already registered: {known.__module__}.{known.__qualname__}")
         cls.name = name
         _registry[name] = cls
         return cls

@@ -54,6 +54,7 @@ class Selection:
 
         `x` is `(B, N, ...)` for `dim=1`; the result has `K` in place of `N`.
         """
+        dim %= x.ndim
         shape = [1] * x.ndim
         shape[0], shape[dim] = self.index.shape
         index = self.index.view(shape).expand(*x.shape[:dim], self.index.shape[1], *x.shape[dim + 1 :])
@@ -84,8 +85,13 @@ class Selection:
                 f"cannot compose: the first keeps {self.index.shape[1]} tokens, the second expects {other.size}"
             )
         index = self.index.gather(1, other.index)
-        if not self.merges and not other.merges:
-            return Selection(index, self.size)
+        if not self.merges:
+            source = None if other.source is None else self.index.gather(1, other.source)
+            return Selection(index, self.size, other.slot, source, other.weight)
+        if not other.merges:  # entries keep their weight if their survivor survives
+            slot = torch.full_like(self.index, -1).scatter_(1, other.index, _counting(other.index))
+            slot = slot.gather(1, self.slot)  # type: ignore[arg-type]
+            return Selection(index, self.size, slot.clamp(min=0), self.source, self.weight * (slot >= 0))  # type: ignore[operator]
         weight = other.matrix() @ self.matrix()  # (B, K2, N)
         batch, kept, size = weight.shape
         cell = torch.arange(kept * size, device=weight.device).expand(batch, -1)
@@ -99,5 +105,9 @@ class Selection:
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.slot is not None and self.source is not None and self.weight is not None:
             return self.slot, self.source, self.weight.float()
-        slot = torch.arange(self.index.shape[1], device=self.index.device).expand_as(self.index)
-        return slot, self.index, torch.ones_like(self.index, dtype=torch.float32)
+        return _counting(self.index), self.index, torch.ones_like(self.index, dtype=torch.float32)
+
+
+def _counting(index: Tensor) -> Tensor:
+    """`(B, K)`: 0 to K - 1 in every row."""
+    return torch.arange(index.shape[1], device=index.device).expand_as(index)

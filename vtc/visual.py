@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from vtc.errors import SpecError
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,32 @@ class Encoder:
     feature_layer: int
     class_token: bool
 
+    def layer(self, index: int) -> int:
+        """The 0-based index of a layer that is counted from 0, or from the end with -1 as the last."""
+        if not -self.depth <= index < self.depth:
+            raise SpecError(
+                f"layer {index} does not exist: this vision encoder has {self.depth} layers, "
+                f"{-self.depth} to {self.depth - 1}"
+            )
+        return index % self.depth
+
 
 @dataclass
 class Visual:
     """A batch of visual inputs of one layout, as one strategy sees them.
 
-    `B` visual inputs that share a layout, so no strategy ever meets padding. Attributes other than `layout` raise
-    `AttributeError` unless the strategy declared them in `needs`.
+    The inputs share a layout, so no strategy ever meets padding. What is not declared in `needs` raises
+    `AttributeError`.
+
+    Attributes:
+        layout: the sizes of each input, `N` tokens among them.
+        inputs: how many inputs there are, `B`.
+        device: where the selection is wanted.
     """
 
     layout: Layout
+    inputs: int
+    device: torch.device
     loaders: Mapping[str, Callable[[], Tensor]] = field(repr=False)
     _cache: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -58,7 +77,8 @@ class Visual:
         """`(B, R, N)` float32: attention that each token gets in the encoder, one row per layer of `Compressor.layers`.
 
         Probabilities averaged over heads: from the [CLS] token (need: `cls`; softmax over all keys, the [CLS] column
-        sliced away and not renormalised), or from all tokens on average (need: `received`).
+        sliced away and not renormalised), or from all tokens on average (need: `received`). Tokens that are no patches,
+        such as newlines between crops, have 0.
         """
         return self._load("saliency")
 

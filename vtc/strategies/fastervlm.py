@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtc.compressor import Scorer, register
-from vtc.errors import SpecError
 from vtc.visual import Encoder, Visual
 
 
@@ -51,12 +50,7 @@ class FasterVLM(Scorer):
     def layers(self, encoder: Encoder) -> tuple[int, ...]:
         if self.layer is None:
             return (encoder.feature_layer,)
-        if not -encoder.depth <= self.layer < encoder.depth:
-            raise SpecError(
-                f"fastervlm: layer={self.layer} does not exist: this vision encoder has {encoder.depth} layers, "
-                f"{-encoder.depth} to {encoder.depth - 1}"
-            )
-        return (self.layer % encoder.depth,)
+        return (encoder.layer(self.layer),)
 
     def score(self, visual: Visual) -> Tensor:
         return visual.saliency[:, 0]

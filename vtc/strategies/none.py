@@ -28,10 +28,6 @@ class NoCompression(Compressor):
         if not isinstance(self.keep, float) or self.keep != 1.0:  # the int 1 is one token
             raise SpecError(f"none: keep={self.keep} was given, but 'none' keeps everything: leave keep out or use 1.0")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"features"})  # for the size of the batch
-
     def select(self, visual: Visual) -> Selection:
-        batch, tokens = visual.features.shape[0], visual.layout.tokens
-        return Selection.keep(torch.arange(tokens, device=visual.features.device).expand(batch, -1), tokens)
+        batch, tokens = visual.inputs, visual.layout.tokens
+        return Selection.keep(torch.arange(tokens, device=visual.device).expand(batch, -1), tokens)

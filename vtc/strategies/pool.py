@@ -33,16 +33,12 @@ class Pool(Compressor):
 
     positions: Literal["original", "contiguous"] = "contiguous"
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"features"})  # for the size of the batch
-
     def budget(self, layout: Layout) -> int:
         frames, rows, columns = self._shape(layout)
         return frames * rows * columns
 
     def select(self, visual: Visual) -> Selection:
-        batch, device = visual.features.shape[0], visual.features.device
+        batch, device = visual.inputs, visual.device
         anchor = torch.zeros(1, dtype=torch.long, device=device)  # (K,)
         source = torch.zeros(1, 1, dtype=torch.long, device=device)  # (K, E / K)
         weight = torch.ones(1, 1, device=device)  # (K, E / K)

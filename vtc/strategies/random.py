@@ -32,11 +32,7 @@ class Random(Compressor):
     positions: Literal["original", "contiguous"] = "contiguous"
     seed: int = 0
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"features"})  # for the size of the batch
-
     def select(self, visual: Visual) -> Selection:
-        batch, tokens = visual.features.shape[0], visual.layout.tokens
-        index = shuffled(tokens, self.seed, visual.features.device)[: self.budget(visual.layout)]  # (K,)
+        batch, tokens = visual.inputs, visual.layout.tokens
+        index = shuffled(tokens, self.seed, visual.device)[: self.budget(visual.layout)]  # (K,)
         return Selection.keep(index.expand(batch, -1), tokens)

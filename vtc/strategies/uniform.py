@@ -32,12 +32,8 @@ class Uniform(Compressor):
 
     positions: Literal["original", "contiguous"] = "contiguous"
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"features"})  # for the size of the batch
-
     def select(self, visual: Visual) -> Selection:
-        batch, tokens, device = visual.features.shape[0], visual.layout.tokens, visual.features.device
+        batch, tokens, device = visual.inputs, visual.layout.tokens, visual.device
         frames, rows, columns = visual.layout.grid
         if frames * rows * columns != tokens:
             frames, rows, columns = 1, 1, tokens
