@@ -313,6 +313,15 @@ def test_saliency_rows_are_the_encoders_own_attention(tower: str, attention: str
         assert (rows[0] - expected).abs().max() < 1e-6
 
 
+def test_rows_do_not_follow_a_callers_autocast() -> None:
+    """Rounded dot products would decide between tokens that are nearly alike."""
+    query, key = torch.randn(2, 1, 9, 8).unbind()
+    for row in (class_attention, received_attention):
+        expected = row(query, key, 2, 0.5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(row(query, key, 2, 0.5), expected)
+
+
 def test_blocked_received_attention_is_the_mean_of_the_map() -> None:
     for length in (1, 5, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 7):
         query, key = torch.randn(2, 2, length, 8).unbind()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtc.adapters.base import Attention
+from vtc.select import full_precision
 
 QUERY_BLOCK = 256  # rows of the attention map alive at a time when all queries are averaged
 
@@ -44,7 +45,8 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 
 def _attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    return (query @ key.transpose(-1, -2) * scale).softmax(-1).mean(1)  # (B, Q, S)
+    with full_precision(query.device):
+        return (query @ key.transpose(-1, -2) * scale).softmax(-1).mean(1)  # (B, Q, S)
 
 
 class Tap:
