@@ -81,10 +81,12 @@ def test_every_worker_count_sees_the_same_samples() -> None:
         Group(0, 5).share(0, 12)
 
 
-def test_schedule_rises_holds_and_falls() -> None:
+def test_schedule_rises_and_falls() -> None:
     from training.common import schedule
 
-    rates = [schedule(step, 1000, warmup=100, hold=0.5, floor=0.01) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.01) and rates[100:500] == [1.0] * 400
-    assert all(a >= b for a, b in itertools.pairwise(rates[500:]))
+    rates = [schedule(step, 1000, warmup=100, floor=0.01) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01)
+    assert all(a < b for a, b in itertools.pairwise(rates[:90]))
+    assert all(a > b for a, b in itertools.pairwise(rates[100:]))
     assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+    assert {schedule(step, 1000, warmup=1, floor=1.0) for step in range(1000)} == {1.0}

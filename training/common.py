@@ -47,6 +47,8 @@ def launch(work: Callable[..., None], size: int, *arguments: Any) -> None:
 
 
 def _enter(rank: int, size: int, rendezvous: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # Linux shares the cores among sessions first, so workers in one session would share the time of one process.
+    os.setsid()
     os.nice(5)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
@@ -113,10 +115,9 @@ class MuonAdamW:
             optimizer.load_state_dict(state)
 
 
-def schedule(step: int, steps: int, warmup: int, hold: float, floor: float) -> float:
-    """Linear warm-up, constant until the share `hold` of all steps, then a cosine down to `floor`."""
-    done = max(0.0, (step / steps - hold) / (1 - hold))
-    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+def schedule(step: int, steps: int, warmup: int, floor: float) -> float:
+    """Linear warm-up times a cosine from 1 down to `floor`."""
+    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -2,12 +2,13 @@
 
     python -m training.tiny_llava --workers 3
 
-Three stages, each a function of the step number only, so that a run can stop and resume and two runs are alike:
+Stages, each a function of the step number only, so that a run can stop and resume and two runs are alike:
 
 0. `crops`: the vision tower alone on 64 x 64 scenes with one or two things, which have four times the labels per
    pixel. The crop takes a random window of the position table, so the weights carry over to the full canvas.
 1. `scenes`: the same losses on 128 x 128 scenes.
-2. `answers`: tower, projector and language model together on questions and answers, with the vision losses kept.
+2. `answers`, `joint` and `settle`: tower, projector and language model together on questions and answers, with the
+   vision losses kept. After a start with large batches they are smaller; in the end the learning rate falls to nothing.
 
 The [CLS] token has to name everything in the picture, which is what makes its attention a saliency map. No stage ever
 drops image tokens: a model trained to cope with missing tokens writes a summary of the scene into the background, and
@@ -58,20 +59,21 @@ class Stage:
     things: tuple[int, int]
     muon: float  # learning rates
     adamw: float
-    hold: float  # share of the steps before the learning rate starts to fall
-    floor: float  # of the learning rate, relative
+    floor: float  # the learning rate falls to this share of itself along a cosine
+    warmup: int
     first_seed: int
     answers: bool = False  # train the language model too
     tower: float = 1.0  # learning rate of the vision tower, relative
 
 
 STAGES = (
-    Stage("crops", 1000, 144, 64, (1, 2), 0.02, 2e-3, 0.0, 0.2, 0),
-    Stage("scenes", 500, 96, 128, (3, 6), 0.02, 2e-3, 0.0, 0.2, 10_000_000),
-    Stage("answers", 2200, 72, 128, (3, 6), 0.02, 1e-3, 0.5, 0.01, 20_000_000, answers=True, tower=0.5),
+    Stage("crops", 1000, 144, 64, (1, 2), 0.02, 2e-3, 0.2, 100, 0),
+    Stage("scenes", 500, 96, 128, (3, 6), 0.02, 2e-3, 0.2, 100, 10_000_000),
+    Stage("answers", 200, 72, 128, (3, 6), 0.02, 1e-3, 1.0, 100, 20_000_000, answers=True, tower=0.5),
+    Stage("joint", 600, 36, 128, (3, 6), 0.02, 1e-3, 1.0, 1, 30_000_000, answers=True, tower=0.5),
+    Stage("settle", 1300, 36, 128, (3, 6), 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
 )
-WARMUP = 100
-SAVE_EVERY = 100
+SAVE_EVERY = 50
 REPORT_EVERY = 50
 
 
@@ -254,7 +256,8 @@ class Trainer:
         torch.manual_seed(0)
         self.model = build()
         self.heads = Heads(self.model.config.vision_config.hidden_size)
-        self.held_out = [Scenes("val")[seed] for seed in range(150)]
+        self.carried: list[MuonAdamW] = []
+        self.held_out = [Scenes("val")[seed] for seed in range(100)]
 
     @property
     def tower(self) -> CLIPVisionModel:
@@ -302,17 +305,23 @@ class Trainer:
         scores = {name: right[types == i].float().mean().item() for i, name in enumerate(QUESTION_TYPES)}
         return {"val": right[types >= 0].float().mean().item(), **{f"val_{name}": v for name, v in scores.items()}}
 
-    def run(self, stage: Stage) -> None:
-        """Train one stage, or what is left of it."""
+    def optimizers(self, stage: Stage) -> tuple[list[MuonAdamW], list[nn.Parameter]]:
+        """For tower and heads, and in stages with answers for the rest too; those share one set with its momentum."""
         tower = [(f"tower.{n}", p) for n, p in self.tower.named_parameters()]
         vision = tower + list(self.heads.named_parameters())
         known = {id(p) for _, p in tower}
-        language = [(n, p) for n, p in self.model.named_parameters() if id(p) not in known]
+        language = [(n, p) for n, p in self.model.named_parameters() if id(p) not in known] if stage.answers else []
+        if self.carried and stage.answers:
+            return self.carried, [p for _, p in vision + language]
         optimizers = [MuonAdamW(vision, stage.muon, stage.adamw, stage.tower)]
-        parameters = [p for _, p in vision]
         if stage.answers:
             optimizers.append(MuonAdamW(language, stage.muon, stage.adamw))
-            parameters += [p for _, p in language]
+            self.carried = optimizers
+        return optimizers, [p for _, p in vision + language]
+
+    def run(self, stage: Stage) -> None:
+        """Train one stage, or what is left of it."""
+        optimizers, parameters = self.optimizers(stage)
         path = self.folder / f"{stage.name}.pt"
         begin = self.resume(path, optimizers) if path.exists() else 0
         gradients = FlatGradients(parameters, self.group)
@@ -323,7 +332,7 @@ class Trainer:
             gradients.zero()
             out.pop("loss").backward()
             norm = gradients.average()
-            factor = schedule(step, stage.steps, WARMUP, stage.hold, stage.floor)
+            factor = schedule(step, stage.steps, stage.warmup, stage.floor)
             for optimizer in optimizers:
                 optimizer.step(factor)
             for name, value in (out | {"norm": norm}).items():
