@@ -6,6 +6,7 @@ exception is a failure and stops the run; it is never scored as an empty answer.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ class Batch:
     """Processed questions whose prompts are equally long, so that no row is padded."""
 
     rows: tuple[int, ...]  # places in the list of items
+    pictures: tuple[int, ...]  # which picture each row is about: equal numbers, equal pictures
     inputs: dict[str, torch.Tensor]
 
 
@@ -95,12 +97,16 @@ def batches(processor: Any, items: Sequence[Item], batch_size: int, *, blind: bo
 
     found = []
     lengths = [length(row) for row in range(len(items))]
+    # The sort is stable: within a length, questions about one picture stay together.
     for _, group in groupby(sorted(range(len(items)), key=lengths.__getitem__), key=lengths.__getitem__):
         rows = list(group)
         for start in range(0, len(rows), batch_size):
             chosen = tuple(rows[start : start + batch_size])
-            images = None if blind else [items[row].image for row in chosen]
-            found.append(Batch(chosen, process(processor, [items[row].question for row in chosen], images)))
+            asked = [items[row] for row in chosen]
+            inputs = process(
+                processor, [item.question for item in asked], None if blind else [item.image for item in asked]
+            )
+            found.append(Batch(chosen, tuple(id(item.image) for item in asked), inputs))
     return found
 
 
@@ -118,6 +124,25 @@ def to_device(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Te
     }
 
 
+def encode_once(model: Any, inputs: dict[str, Any], pictures: Sequence[int]) -> dict[str, Any]:
+    """`inputs` of `generate` with every picture encoded once, however many of the questions are about it.
+
+    Transformers lets the caller encode pictures ahead of `generate` from 5.23 on. Before that, and for families whose
+    prompts carry more than one view per picture, the inputs are returned as they are: same answers, more work.
+    """
+    if inputs.keys() != {"input_ids", "attention_mask", "pixel_values"}:
+        return inputs
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return inputs
+    numbers = {picture: number for number, picture in enumerate(dict.fromkeys(pictures))}
+    pixels = inputs["pixel_values"][[pictures.index(picture) for picture in numbers]]
+    encoded = model.get_image_features(pixel_values=pixels, return_dict=True)
+    encoded.pooler_output = [encoded.pooler_output[numbers[picture]] for picture in pictures]
+    text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return {**text, "mm_encoder_outputs": {"image": encoded}}
+
+
+@torch.no_grad()
 def answer(
     model: Any,
     processor: Any,
@@ -134,7 +159,8 @@ def answer(
     for batch in prepared:
         inputs = to_device(batch.inputs, model)
         try:
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+            ready = encode_once(model, inputs, batch.pictures)
+            output = model.generate(**ready, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         except Exception as error:
             raise RuntimeError(f"no answer to questions {batch.rows[0]} and others: {error}") from error
         texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

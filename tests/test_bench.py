@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -89,6 +90,27 @@ def test_answers_do_not_depend_on_batches(loaded: Any, items: list[scenes.Item])
     assert len(set(one)) > 3, "the model must not say the same to everything, or this test says nothing"
 
 
+@pytest.mark.parametrize("spec", [None, "fastervlm:keep=3", "pool:keep=4"])
+def test_encoding_a_picture_once_changes_no_answer(
+    spec: str | None, loaded: Any, items: list[scenes.Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = loaded
+    batches = accuracy.batches(processor, items, 16)
+    seen = []
+    handle = adapters.find(model).encoder.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    with handle, vtc.compress(model, spec) if spec else nullcontext():
+        shared = accuracy.answer(model, processor, batches, 3)
+        count, _ = sum(seen), seen.clear()
+        monkeypatch.setattr(accuracy, "encode_once", lambda model, inputs, pictures: inputs)
+        plain = accuracy.answer(model, processor, batches, 3)
+    assert shared == plain
+    assert sum(seen) == LIMIT
+    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+        assert count == sum(len(set(batch.pictures)) for batch in batches) < LIMIT
+
+
 def test_blind_prompts_have_no_visual_token(loaded: Any, items: list[scenes.Item]) -> None:
     adapter = adapters.find(loaded[0])
     for blind, count in ((False, TOKENS), (True, 0)):
@@ -143,7 +165,7 @@ def test_run_sees_the_true_lengths(loaded: Any, items: list[scenes.Item]) -> Non
     length = inputs["input_ids"].shape[1]
     text = model.config.text_config
     for keep in (3, None):
-        with vtc.compress(model, f"fastervlm:keep={keep}") if keep else latency.nullcontext():
+        with vtc.compress(model, f"fastervlm:keep={keep}") if keep else nullcontext():
             run = latency.run(model, inputs, 4)
         assert run.length == length - (TOKENS - keep if keep else 0)
         assert run.cache_bytes == flops.kv_cache_bytes(text, run.length, torch.float32)
