@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vtc import zoo
     from vtc.compressor import Compressor, Scorer, available, register
     from vtc.errors import SpecError, UnsupportedModelError, VtcError
     from vtc.report import Report
@@ -58,10 +59,13 @@ __all__ = [
     "compress",
     "register",
     "restore",
+    "zoo",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "zoo":
+        return importlib.import_module("vtc.zoo")
     if name not in _HOME:
         raise AttributeError(f"module 'vtc' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOME[name]), name)
