@@ -62,7 +62,8 @@ def _panel(axes: Any, rows: Sequence[Row], cost: Callable[[Row], float]) -> None
             row = curves.pop(name)[0][0]
             axes.axhline(100 * row["accuracy"], color="black", linestyle=style, linewidth=1, label=text)
     greys, colours = 0, 0
-    for name, points in curves.items():
+    # Baselines last in the legend; the sort is stable.
+    for name, points in sorted(curves.items(), key=lambda item: item[1][0][0]["strategy"] in BASELINES):
         points.sort(key=lambda group: cost(group[0]))
         look: dict[str, Any]
         if points[0][0]["strategy"] in BASELINES:

@@ -49,6 +49,8 @@ def show(
         output: Any = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
+    # The processor knows better than the model whether a picture is cropped or squashed.
+    fit: picture.Fit = "crop" if getattr(processor.image_processor, "do_center_crop", False) else "resize"
     answers = {"all tokens": answer()}
     panels, captions = [picture.enlarge(original)], [f"{question}\nall tokens: {answers['all tokens']}"]
     for spec, compressor in plan.items():
@@ -58,7 +60,7 @@ def show(
         if report is None:
             raise RuntimeError(f"{spec}: the model was called, but no visual input was seen")
         ratio = report.prefill_flops / report.prefill_flops_full
-        panels.append(report.show(original))
+        panels.append(picture.draw(original, report.grids[0], report.kept[0], report.sources[0], fit))
         kept = f"{report.tokens_out} of {report.tokens_in} tokens, {ratio:.2f}× prefill FLOPs"
         captions.append(f"{spec}\n{kept}\n{answers[spec]}")
     out.parent.mkdir(parents=True, exist_ok=True)

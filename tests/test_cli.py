@@ -253,3 +253,16 @@ def test_show_answers_and_draws(root: Path, tmp_path: Path, capsys: pytest.Captu
     assert str(kept) in lines[3]
     with Image.open(kept) as picture:
         assert picture.width > 3 * 600, "three panels"
+
+
+@pytest.mark.parametrize(("tower", "fit"), [("clip", "crop"), ("siglip", "resize")])
+def test_show_draws_what_the_processor_does(
+    tower: str, fit: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtc import picture
+
+    fits = []
+    monkeypatch.setattr(picture, "draw", lambda image, grid, kept, sources, fit: fits.append(fit) or image)
+    command = ("show", root / "wide.jpg", "--question", "What is red?", "--spec", "uniform", "--keep", "5")
+    assert cli.main([str(part) for part in (*command, "--model", root / tower, "--out", tmp_path / "kept.png")]) == 0
+    assert fits == [fit]
