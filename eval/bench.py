@@ -26,7 +26,7 @@ from tqdm import tqdm
 import vtc
 from vtc import adapters, zoo
 from vtc.compressor import Compressor, available, parse
-from vtc.errors import SpecError, VtcError
+from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.eval import accuracy, flops, latency, scenes
 
 BASELINES = ("random", "uniform", "pool")
@@ -206,14 +206,17 @@ class Bench:
     processor: Any
     items: Sequence[scenes.Item]
 
-    @classmethod
-    def load(cls, options: Options, plan: Sequence[Setting] = ()) -> Bench:
-        """Load the model and the questions; refuses what `plan` asks and the model cannot do."""
-        model, processor = load_model(options)
+    def able(self, plan: Sequence[Setting]) -> list[Setting]:
+        """The settings of `plan` that this model can do. One that was asked for by name must be among them."""
+        found = []
         for setting in plan:
-            with setting.on(model):
-                pass
-        return cls(options, model, processor, list(scenes.questions("test", options.limit)))
+            try:
+                with setting.on(self.model):
+                    found.append(setting)
+            except UnsupportedModelError:
+                if self.options.specs:
+                    raise
+        return found
 
     def try_out(self, plan: Sequence[Setting]) -> list[Sizes]:
         """Every setting on one prompt: a mistake in the last one shows before the first is measured."""
@@ -346,7 +349,8 @@ def run(options: Options, out: Path, *, overwrite: bool = False, progress: bool 
     """The whole comparison. Rows go to `out/rows.jsonl` as they are measured: a run that is killed keeps its rows."""
     plan = settings(options)
     path = check_folder(out, overwrite=overwrite)
-    bench = Bench.load(options, plan)
+    bench = Bench(options, *load_model(options), list(scenes.questions("test", options.limit)))
+    plan = bench.able(plan)
     shapes = bench.try_out(plan)
     rows = []
     out.mkdir(parents=True, exist_ok=True)

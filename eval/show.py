@@ -61,7 +61,7 @@ def show(
             raise RuntimeError(f"{spec}: the model was called, but no visual input was seen")
         ratio = report.prefill_flops / report.prefill_flops_full
         panels.append(picture.draw(original, report.grids[0], report.kept[0], report.sources[0], fit))
-        kept = f"{report.tokens_out} of {report.tokens_in} tokens, {ratio:.2f}× prefill FLOPs"
+        kept = f"{report.tokens_out} of {report.tokens_in} tokens, {ratio:.2f}x prefill FLOPs"
         captions.append(f"{spec}\n{kept}\n{answers[spec]}")
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.side_by_side(panels, captions).save(out)

@@ -16,7 +16,7 @@ import torch
 import vtc
 from checkpoints import TOKENS, save_llava
 from vtc import adapters, zoo
-from vtc.errors import SpecError, VtcError
+from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.eval import accuracy, bench, flops, latency, plot, scenes, table
 
 LIMIT = 24
@@ -395,6 +395,16 @@ def test_a_mistake_in_the_last_spec_shows_before_anything_is_measured(
     monkeypatch.setattr(bench.Bench, "rows", lambda *args, **kwargs: pytest.fail("measured"))
     with pytest.raises(SpecError, match=f"more than the {TOKENS} visual tokens"):
         bench.run(bench.Options(model=str(folder), specs=("uniform:keep=3", "uniform:keep=17")), tmp_path)
+
+
+def test_without_specs_what_the_model_cannot_do_is_left_out(tmp_path: Path) -> None:
+    folder = save_llava(tmp_path / "siglip", "siglip")
+    options = bench.Options(model=str(folder), keeps=(3,), limit=2, latency=False)
+    ran = {row["strategy"] for row in bench.run(options, tmp_path / "out")}
+    assert {"none", "blind", "random", "uniform", "pool", "divprune"} <= ran
+    assert not ran & {"fastervlm", "vtc-cls"}, "this tower has no class token"
+    with pytest.raises(UnsupportedModelError, match="fastervlm"):
+        bench.run(replace(options, specs=("fastervlm",)), tmp_path / "other")
 
 
 def test_earlier_results_are_refused_unless_told_otherwise(folder: Path, tmp_path: Path) -> None:

@@ -179,7 +179,11 @@ def _add_bench(commands: Any) -> None:
     parser = _command(commands, "bench", summary, BENCH_HELP, BENCH_EXAMPLE)
     _add_model(parser)
     parser.add_argument(
-        "--spec", action="append", default=[], metavar="SPEC", help="a strategy; repeat it for more; default: all"
+        "--spec",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="a strategy; repeat it for more (default: all that the model can do)",
     )
     parser.add_argument(
         "--keep",
