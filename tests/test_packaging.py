@@ -167,7 +167,11 @@ import vtc, vtc.adapters, vtc.eval
 modules = [m.name for m in pkgutil.walk_packages(vtc.__path__, "vtc.") if not m.name.endswith("__main__")]
 assert "vtc.session" in modules and "vtc.adapters.llava" in modules and "vtc.eval.scenes" in modules, modules
 for name in modules:
-    __import__(name)
+    try:
+        __import__(name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":  # it exists for Linux only
+            raise
 after = state()
 assert after == before, {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 """
