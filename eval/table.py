@@ -109,7 +109,6 @@ RESULTS: list[Column] = [
     ("visual tokens", _tokens),
     ("prefill FLOPs", _flops),
     ("TTFT ms", _ttft),
-    ("ideal", _number("ideal_ttft_ms", "{:.1f}".format)),
     ("decode tok/s", _number("decode_tokens_per_s", "{:.0f}".format)),
     ("KV cache", _number("kv_cache_bytes", lambda size: f"{human(size)}B")),
     ("accuracy %", _accuracy),
@@ -128,10 +127,10 @@ TIMES: list[Column] = [
 ]
 NOTES = """
 One prompt at a time. TTFT: time to first token, and in brackets how many times faster than the uncompressed model
-measured in the same loop; ideal: what it would be if the dropped tokens had never existed. Accuracy: exact match, with
-Wilson's 95 % interval, or mean ± standard deviation over seeds. Agreement: same answer as the uncompressed model.
-`none` is the uncompressed model, `blind` answers without the picture.
+measured in the same loop. Accuracy: exact match, with Wilson's 95 % interval, or mean ± standard deviation over seeds.
+Agreement: same answer as the uncompressed model. `none` is the uncompressed model, `blind` answers without the picture.
 """
 TIME_NOTES = """
-Medians over repeats. Other: filling placeholders, and Python between the parts. IQR: spread of the total.
+Medians over repeats. Other: filling placeholders, and Python between the parts. IQR: spread of the total. Ideal: what
+the total would be if the dropped tokens had never existed; the distance to it is the cost of choosing and dropping them.
 """
