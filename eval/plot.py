@@ -61,6 +61,8 @@ def _panel(axes: Any, rows: Sequence[Row], cost: Callable[[Row], float]) -> None
         if name in curves:
             row = curves.pop(name)[0][0]
             axes.axhline(100 * row["accuracy"], color="black", linestyle=style, linewidth=1, label=text)
+            if name == "none":
+                axes.plot(cost(row), 100 * row["accuracy"], "*", color="black", markersize=9)
     greys, colours = 0, 0
     # Baselines last in the legend; the sort is stable.
     for name, points in sorted(curves.items(), key=lambda item: item[1][0][0]["strategy"] in BASELINES):

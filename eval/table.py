@@ -131,6 +131,6 @@ measured in the same loop. Accuracy: exact match, with Wilson's 95 % interval, o
 Agreement: same answer as the uncompressed model. `none` is the uncompressed model, `blind` answers without the picture.
 """
 TIME_NOTES = """
-Medians over repeats. Other: filling placeholders, and Python between the parts. IQR: spread of the total. Ideal: what
-the total would be if the dropped tokens had never existed; the distance to it is the cost of choosing and dropping them.
+Medians over repeats. Other: filling placeholders, and Python between the parts. IQR: spread of the total. Ideal: the
+total if the dropped tokens had never existed; the distance to it is the cost of choosing and dropping them.
 """
