@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vtc.errors import VtcError
+
 if TYPE_CHECKING:
     from vtc.eval.scenes import Item
 
@@ -161,6 +163,8 @@ def answer(
         try:
             ready = encode_once(model, inputs, batch.pictures)
             output = model.generate(**ready, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        except VtcError:
+            raise
         except Exception as error:
             raise RuntimeError(f"no answer to questions {batch.rows[0]} and others: {error}") from error
         texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
