@@ -15,7 +15,8 @@ from transformers import LlavaForConditionalGeneration
 import vtc
 from models import GREEDY, IMAGE, TOKENS, batch, llava, make_llava
 from vtc import adapters
-from vtc.saliency import QUERY_BLOCK, class_attention, received_attention
+from vtc.kernels.received.naive import BLOCK
+from vtc.saliency import class_attention, received_attention
 
 SPECS = ["fastervlm:keep=5", "divprune:keep=5,positions=original", "pool:keep=6"]
 every_spec = pytest.mark.parametrize("spec", SPECS)
@@ -323,7 +324,7 @@ def test_rows_do_not_follow_a_callers_autocast() -> None:
 
 
 def test_blocked_received_attention_is_the_mean_of_the_map() -> None:
-    for length in (1, 5, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 7):
+    for length in (1, 5, BLOCK, BLOCK + 1, 2 * BLOCK + 7):
         query, key = torch.randn(2, 2, length, 8).unbind()
         heads = [
             (query[..., part].double() @ key[..., part].double().mT * 0.5).softmax(-1)

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtc.adapters.base import Attention
-from vtc.select import full_precision
-
-QUERY_BLOCK = 256  # rows of the attention map alive at a time when all queries are averaged
+from vtc.kernels import query_rows, received
 
 
 def class_attention(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
@@ -24,29 +22,19 @@ def class_attention(query: Tensor, key: Tensor, heads: int, scale: float) -> Ten
 
     `query` and `key` are `(B, S, heads * head_dim)`; the softmax runs over all `S` keys, in float32.
     """
-    return _attention(_split(query[:, :1], heads), _split(key, heads), scale)[:, 0]
+    return query_rows(_split(query[:, :1], heads), _split(key, heads), scale)[:, 0]
 
 
 def received_attention(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
     """Attention each token receives, `(B, S)` float32, averaged over heads and over all `S` queries.
 
-    Blocked over queries: at most `QUERY_BLOCK` rows of the `S x S` map exist at a time.
+    The `S x S` map is never made as a whole.
     """
-    queries, keys = _split(query, heads), _split(key, heads)
-    length = query.shape[1]
-    total = query.new_zeros(query.shape[0], length, dtype=torch.float32)
-    for start in range(0, length, QUERY_BLOCK):
-        total += _attention(queries[:, :, start : start + QUERY_BLOCK], keys, scale).sum(1)
-    return total / length
+    return received(_split(query, heads), _split(key, heads), scale)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2).float()  # (B, heads, S, head_dim)
-
-
-def _attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    with full_precision(query.device):
-        return (query @ key.transpose(-1, -2) * scale).softmax(-1).mean(1)  # (B, Q, S)
+    return x.unflatten(-1, (heads, -1))  # (B, S, heads, head_dim)
 
 
 class Tap:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtc.kernels import merge
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -64,12 +66,7 @@ class Selection:
         """Map features `(B, N, C)` to `(B, K, C)`: a gather when pruning, weighted sums (in float32) when merging."""
         if self.slot is None or self.source is None or self.weight is None:
             return self.take(x)
-        channels = x.shape[-1]
-        rows = (
-            x.gather(1, self.source[..., None].expand(-1, -1, channels)).float() * self.weight[..., None]
-        )  # (B, E, C)
-        out = rows.new_zeros(x.shape[0], self.index.shape[1], channels)
-        return out.scatter_add_(1, self.slot[..., None].expand(-1, -1, channels), rows).to(x.dtype)
+        return merge(x, self.slot, self.source, self.weight, self.index.shape[1])
 
     def matrix(self) -> Tensor:
         """`W` written out, `(B, K, N)` float32."""

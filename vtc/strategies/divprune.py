@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vtc.compressor import Compressor, register
-from vtc.select import k_center, most_isolated, unit
+from vtc.select import k_center
 from vtc.selection import Selection
 from vtc.visual import Visual
 
@@ -41,5 +41,4 @@ class DivPrune(Compressor):
         return frozenset({"features"})
 
     def select(self, visual: Visual) -> Selection:
-        rows = unit(visual.features)  # (B, N, D)
-        return Selection.keep(k_center(rows, self.budget(visual.layout), most_isolated(rows)), visual.layout.tokens)
+        return Selection.keep(k_center(visual.features, self.budget(visual.layout)), visual.layout.tokens)

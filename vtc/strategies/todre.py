@@ -55,7 +55,7 @@ class ToDRE(Compressor):
         return (encoder.depth - 1,)
 
     def select(self, visual: Visual) -> Selection:
-        rows = unit(visual.features)  # (B, N, D)
+        rows = visual.features  # (B, N, D)
         greedy = max_sum if self.objective == "max-sum" else k_center
         index = greedy(rows, self.budget(visual.layout), self._pivot(visual, rows))
         return Selection.keep(index, visual.layout.tokens)
@@ -67,5 +67,5 @@ class ToDRE(Compressor):
         if self.pivot == "mean":
             mean = unit(visual.features.float().mean(dim=1, keepdim=True))  # (B, 1, D)
             with full_precision(rows.device):
-                return (rows @ mean.mT).squeeze(2).argmax(dim=1)
+                return (unit(rows) @ mean.mT).squeeze(2).argmax(dim=1)
         return visual.saliency[:, 0].argmax(dim=1)
