@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +48,8 @@ def launch(work: Callable[..., None], size: int, *arguments: Any) -> None:
 
 
 def _enter(rank: int, size: int, rendezvous: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # The death of the parent arrives as SIGINT, which jobs in the background of a shell ignore.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Linux shares the cores among sessions first, so workers in one session would share the time of one process.
     os.setsid()
     os.nice(5)

@@ -171,13 +171,18 @@ def generated(folder: Path, model: LlavaForConditionalGeneration, items: Sequenc
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def per_type(score: Score, items: Sequence[Item]) -> dict[str, tuple[float, int]]:
-    """Accuracy and number of questions of each type."""
-    out = {}
-    for name in QUESTION_TYPES:
-        right = [r for r, item in zip(score.right, items, strict=True) if item.type == name]
-        out[name] = (sum(right) / max(1, len(right)), len(right))
-    return out
+def per_type(scores: dict[tuple[str, int], Score], items: Sequence[Item]) -> str:
+    """Accuracy in per cent by type of question, for some of the selections."""
+    columns = [("all", 256), ("blind", 0)]
+    columns += [
+        (name, k) for k in (128, 28) for name in ("[CLS] top-k", "k-center, projected (DivPrune)", "random, seed 0")
+    ]
+    rows = []
+    for kind in QUESTION_TYPES:
+        mine = [i for i, item in enumerate(items) if item.type == kind]
+        cells = [100 * sum(scores[column].right[i] for i in mine) / max(1, len(mine)) for column in columns]
+        rows.append([kind, str(len(mine)), *(f"{cell:.1f}" for cell in cells)])
+    return table(["type", "questions", *(f"{name}: {k}" for name, k in columns)], rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -224,7 +229,6 @@ def main() -> None:
     items = list(questions(arguments.split, arguments.limit))
     scores = measure(model, items)
     whole, blind = scores["all", 256], scores["blind", 0]
-    types = {name: (*pair, per_type(blind, items)[name][0]) for name, pair in per_type(whole, items).items()}
     again = generated(arguments.folder, model, items[: arguments.generate])
     agree = sum(a == b for a, b in zip(again, whole.right, strict=False))
     fields = {
@@ -237,10 +241,7 @@ def main() -> None:
         "digest": digest(items),
         "curve": curve(scores),
         "sight": sight(scores),
-        "types": table(
-            ["type", "questions", "all tokens", "blind"],
-            [[name, str(n), f"{100 * a:.1f}", f"{100 * b:.1f}"] for name, (a, n, b) in types.items()],
-        ),
+        "types": per_type(scores, items),
         "generated": f"{sum(again)} of {len(again)}",
         "agreement": f"{agree} of {len(again)}",
     }

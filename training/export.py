@@ -1,6 +1,6 @@
 """Write a trained checkpoint as an ordinary Hugging Face folder.
 
-    python -m training.export runs/tiny-llava/answers.pt vtc/zoo/tiny-llava
+    python -m training.export runs/tiny-llava/settle.pt vtc/zoo/tiny-llava
 
 The folder loads with `AutoProcessor.from_pretrained` and `LlavaForConditionalGeneration.from_pretrained`, offline and
 without remote code. The model card is written by `training/evaluate.py`, which measures what it says.

@@ -70,8 +70,8 @@ STAGES = (
     Stage("crops", 1000, 144, 64, (1, 2), 0.02, 2e-3, 0.2, 100, 0),
     Stage("scenes", 500, 96, 128, (3, 6), 0.02, 2e-3, 0.2, 100, 10_000_000),
     Stage("answers", 200, 72, 128, (3, 6), 0.02, 1e-3, 1.0, 100, 20_000_000, answers=True, tower=0.5),
-    Stage("joint", 600, 36, 128, (3, 6), 0.02, 1e-3, 1.0, 1, 30_000_000, answers=True, tower=0.5),
-    Stage("settle", 1300, 36, 128, (3, 6), 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
+    Stage("joint", 800, 36, 128, (3, 6), 0.02, 1e-3, 1.0, 1, 30_000_000, answers=True, tower=0.5),
+    Stage("settle", 1050, 36, 128, (3, 6), 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
 )
 SAVE_EVERY = 50
 REPORT_EVERY = 50
