@@ -481,3 +481,18 @@ def test_front_is_what_nothing_cheaper_beats() -> None:
     rows = [row("a", 10, 0.5), row("a", 20, 0.4), row("b", 30, 0.75), row("b", 10, 0.25), row("blind", 0, 0.9)]
     rows.append(row("none", 99, 0.7))
     assert plot._front(rows, lambda row: row["tokens_out"]) == [(10, 50), (30, 75), (99, 75)]
+
+
+# --------------------------------------------------------------------------------------------------- the trained model
+
+
+def test_the_bundled_model_tells_good_selections_from_bad_ones(tmp_path: Path) -> None:
+    """The point of the whole harness, on 100 questions: what a random model cannot show."""
+    options = bench.Options(specs=("fastervlm", "divprune"), keeps=(28,), limit=100, latency=False)
+    share = {row["spec"]: row["accuracy"] for row in bench.run(options, tmp_path)}
+    random = [share[f"random:keep=28{seed}"] for seed in ("", ",seed=1", ",seed=2")]
+    assert share["none"] > 0.9
+    assert share["blind"] < 0.4
+    for spec in ("fastervlm:keep=28", "divprune:keep=28"):
+        assert share["none"] > share[spec] > mean(random) + 0.08
+    assert share["pool:keep=28"] < share["none"] - 0.1

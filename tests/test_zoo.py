@@ -11,8 +11,6 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaC
 from vtc import zoo
 from vtc.errors import UnsupportedModelError, VtcError
 
-bundled = pytest.mark.skipif("tiny-llava" not in zoo.names(), reason="the trained model is not in this checkout")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -30,7 +28,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@bundled
 def test_tiny_llava_loads_as_documented() -> None:
     model, processor = zoo.load("tiny-llava")
     assert isinstance(model, LlavaForConditionalGeneration)
@@ -40,26 +37,22 @@ def test_tiny_llava_loads_as_documented() -> None:
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
-@bundled
 def test_dtype_and_attention_are_passed_on() -> None:
     model, _ = zoo.load("tiny-llava", dtype=torch.bfloat16, attention="eager")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config.text_config._attn_implementation == "eager"
 
 
-@bundled
 def test_folder_and_name_are_the_same_model() -> None:
     by_name, by_folder = (zoo.load(name)[0].state_dict() for name in ("tiny-llava", str(zoo.find("tiny-llava"))))
     assert by_name.keys() == by_folder.keys()
     assert all(torch.equal(by_name[key], by_folder[key]) for key in by_name)
 
 
-@bundled
 def test_weights_are_safetensors_only() -> None:
     assert {path.suffix for path in zoo.find("tiny-llava").iterdir()} <= {".json", ".safetensors", ".jinja", ".md"}
 
 
-@bundled
 def test_near_miss_is_suggested() -> None:
     with pytest.raises(VtcError, match="did you mean 'tiny-llava'"):
         zoo.load("tinyllava")
