@@ -46,7 +46,7 @@ class Adapter(ABC):
 
     family: ClassVar[str]
 
-    multimodal: nn.Module
+    multimodal: Any
     encoder: nn.Module
     projector: nn.Module
     language_model: nn.Module

@@ -167,7 +167,9 @@ def _texture(split: str, index: int, side: int) -> np.ndarray:
     for cells in (3, 6, 12, 24, 48, 96):
         noise = rng.normal(0, 1, (cells, cells, 1)) * rng.uniform(6, 20) * np.ones(3)
         noise = (noise + rng.normal(0, 1, (cells, cells, 3)) * rng.uniform(1, 7)).astype(np.float32)
-        smooth = [np.asarray(Image.fromarray(noise[..., c]).resize((side, side), Image.BICUBIC)) for c in range(3)]
+        smooth = [
+            np.asarray(Image.fromarray(noise[..., c]).resize((side, side), Image.Resampling.BICUBIC)) for c in range(3)
+        ]
         out += np.stack(smooth, -1) * (1.3 if cells < 20 else 0.7)
     image = Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
@@ -222,7 +224,7 @@ def _shape_mask(name: str, size: int) -> np.ndarray:
         draw.polygon([(side * 0.04, side * 0.44), (side * 0.96, side * 0.44), (side / 2, high)], fill=255)
     else:
         raise ValueError(f"unknown shape {name!r}; one of {', '.join(SHAPES)}")
-    return np.asarray(image.resize((size, size), Image.LANCZOS), np.float32) / 255
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
 
 
 # -------------------------------------------------------------------------------------------------------------- scenes
@@ -259,8 +261,8 @@ class Scenes:
         total = rng.randint(*self.things)
         asked = rng.randint(0, MAX_COUNT)  # drawn first, so that all counts are equally frequent answers
         if self.things[1] <= 2:
-            kinds = rng.choice(["shape", "shape", "digit", "word"] if total == 1 else ["ss", "sd", "sw", "dw"])
-            kinds = [kinds] if total == 1 else [{"s": "shape", "d": "digit", "w": "word"}[k] for k in kinds]
+            drawn = rng.choice(["shape", "shape", "digit", "word"] if total == 1 else ["ss", "sd", "sw", "dw"])
+            kinds = [drawn] if total == 1 else [{"s": "shape", "d": "digit", "w": "word"}[k] for k in drawn]
             shapes, digits, words = (kinds.count(kind) for kind in ("shape", "digit", "word"))
         else:
             digits, words = rng.choice([0, 1, 1, 2]), rng.choice([0, 1])
@@ -300,7 +302,9 @@ class Scenes:
         if kind == "word":
             return _word_mask(WORDS.index(name), rng.randrange(TYPEFACES), rng.randrange(len(WORD_SIZES)))
         size = rng.choice(DIGIT_SIZES)
-        digit = Image.fromarray(rng.choice(_digits(self.split)[int(name)])).resize((size, size), Image.BICUBIC)
+        digit = Image.fromarray(rng.choice(_digits(self.split)[int(name)])).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
         return np.clip(np.asarray(digit) * 1.25 - 0.1, 0, 1)
 
     def _place(

@@ -20,9 +20,9 @@ from transformers import (
     Qwen2MoeConfig,
     SiglipVisionConfig,
 )
-from vtc.eval import flops
 
 from vtc.errors import UnsupportedModelError
+from vtc.eval import flops
 
 SIZES = dict(vocab_size=320, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6)
 DECODERS = {

@@ -44,7 +44,8 @@ def cache_state(cache: Any) -> CacheState | None:
 def set_cache_state(cache: Any, state: CacheState) -> None:
     """Make `cache` answer for its dropped tokens."""
     if not isinstance(cache, _Compressed):
-        cache.__class__ = _compressed_class(type(cache))
+        base: type = type(cache)
+        cache.__class__ = _compressed_class(base)
     cache._vtc_state = state
 
 

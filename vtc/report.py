@@ -60,15 +60,17 @@ class Report:
         """Everything as JSON-ready data."""
         return {**asdict(self), "tokens_in": self.tokens_in, "tokens_out": self.tokens_out}
 
-    def show(self, image: Image, number: int = 0) -> Image:
+    def show(self, image: Image, number: int = 0, fit: Literal["crop", "resize"] | None = None) -> Image:
         """A picture of what survived: dropped patches dimmed, merged groups outlined.
 
         Args:
             image: the picture that was given to the processor.
             number: which visual input of the call it is.
+            fit: how the processor brought the picture to the encoder's shape, `"crop"` (its middle) or `"resize"`
+                (squashed). Only the processor knows; the default is what processors of this family usually do.
         """
         from vtc.picture import draw
 
         if not 0 <= number < len(self.kept):
             raise VtcError(f"the call had {len(self.kept)} visual inputs; there is no number {number}")
-        return draw(image, self.grids[number], self.kept[number], self.sources[number], self.fit)
+        return draw(image, self.grids[number], self.kept[number], self.sources[number], fit or self.fit)

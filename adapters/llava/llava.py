@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtc.adapters.base import Adapter, Attention
 from vtc.errors import UnsupportedModelError, VtcError
@@ -18,17 +18,18 @@ class LlavaAdapter(Adapter):
 
     family: ClassVar[str] = "llava"
 
-    def __init__(self, multimodal: nn.Module) -> None:
+    def __init__(self, multimodal: Any) -> None:
         config = multimodal.config
         vision = config.vision_config
         self.multimodal = multimodal
         self.encoder = multimodal.vision_tower
         self.projector = multimodal.multi_modal_projector
         self.language_model = multimodal.language_model
-        self.rotary = self.language_model.rotary_emb
+        self.rotary = multimodal.language_model.rotary_emb
         self.text_config = config.text_config
 
-        tower = getattr(self.encoder, "vision_model", self.encoder)  # releases before 5.10 nest the tower once more
+        # Some releases nest the tower once more.
+        tower: Any = getattr(self.encoder, "vision_model", self.encoder)
         name = type(self.encoder).__name__
         if name not in ("CLIPVisionModel", "SiglipVisionModel"):
             raise UnsupportedModelError(
