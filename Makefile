@@ -10,14 +10,17 @@
 VENV = .venv
 TORCH = torch==2.13.0
 TRANSFORMERS = transformers>=5.7
+TRITON =
 OLDEST = transformers==5.17.0
+# Its interpreter cannot count with numpy 2.4 and newer.
+OLDEST_TRITON = triton==3.6.0 numpy<2.4
 usable = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p $(usable) && echo $$p && break; done)
 
 bin = $(VENV)/bin
 installed = $(VENV)/.installed
-wanted = $(TORCH) $(TRANSFORMERS)
+wanted = $(strip $(TORCH) $(TRANSFORMERS) $(TRITON))
 
 .PHONY: bench test test-oldest pytest lint types format clean
 
@@ -27,9 +30,9 @@ bench: $(installed)
 
 test: lint types pytest
 
-# The same tests under the oldest transformers that has to pass, in an environment of its own.
+# The same tests under the oldest transformers and Triton that have to pass, in an environment of their own.
 test-oldest:
-	$(MAKE) pytest VENV=.venv-oldest TRANSFORMERS='$(OLDEST)'
+	$(MAKE) pytest VENV=.venv-oldest TRANSFORMERS='$(OLDEST)' TRITON='$(OLDEST_TRITON)'
 
 pytest: $(installed)
 	$(bin)/pytest
@@ -58,4 +61,6 @@ $(installed): setup.cfg pyproject.toml
 	@'$(PYTHON)' -m venv $(VENV)
 	@$(bin)/pip install -qq --disable-pip-version-check '$(TORCH)'
 	@$(bin)/pip install -qq --disable-pip-version-check '$(TORCH)' '$(TRANSFORMERS)' -e '.[dev]'
+	@[ "$$(uname)" != Linux ] || [ -z '$(TRITON)' ] || \
+		$(bin)/pip install -qq --disable-pip-version-check --no-deps $(foreach package,$(TRITON),'$(package)')
 	@echo '$(wanted)' > $@

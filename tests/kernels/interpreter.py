@@ -1,9 +1,10 @@
 """A pytest plug-in: `-p interpreter` runs the tests on the Triton kernels, in Triton's interpreter, on CPU tensors.
 
 Needs `TRITON_INTERPRET=1` from the start of the process. Every test runs twice, with the programs of each launch in
-order and in reverse, so that a kernel in which one program relies on another fails. Memory that kernels see comes
-between guard bands of NaN (of the largest value, for integers), is filled with the same where it is meant to be
-written, and is checked afterwards: what is read or written out of bounds, or not written, shows.
+order and in reverse, so that a kernel in which one program relies on another fails. Every address must be inside of a
+tensor that the launch was given. Memory that kernels see comes between guard bands of NaN (of the largest value, for
+integers), is filled with the same where it is meant to be written, and is checked afterwards: what is not written, or
+written elsewhere, shows.
 """
 
 from __future__ import annotations
@@ -90,6 +91,49 @@ _in_order = interpreter.interpreter_builder.set_grid_idx
 
 def reverse(*place: int) -> None:
     _in_order(*(int(size) - 1 - i for size, i in zip(interpreter.interpreter_builder.grid_dim, place, strict=True)))
+
+
+_arguments = interpreter.GridExecutor._init_args_hst
+
+
+def note_arguments(self: Any, *arguments: Any) -> Any:
+    """Remembers the first and the last byte of every tensor of a launch."""
+    out = _arguments(self, *arguments)
+    bounds = []
+    for x in out[0]:
+        if hasattr(x, "data_ptr") and x.numel():
+            last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+            bounds.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+    CheckedAccess.bounds = np.array(bounds, dtype=np.uint64)
+    return out
+
+
+class CheckedAccess:
+    """The interpreter's access to memory, which fails at addresses that are in no tensor."""
+
+    bounds: np.ndarray
+
+    def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        self._check(pointers, mask, np.dtype(dtype).itemsize)
+        return _access.load(pointers, mask, other, dtype)
+
+    def store(self, pointers: Any, value: Any, mask: Any) -> Any:
+        self._check(pointers, mask, value.dtype.itemsize)
+        return _access.store(pointers, value, mask)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_access, name)
+
+    def _check(self, pointers: Any, mask: Any, size: int) -> None:
+        pointers, mask = np.broadcast_arrays(pointers, mask)
+        start = pointers[mask.astype(bool)].astype(np.uint64)[:, None]
+        inside = (start >= self.bounds[:, 0]) & (start + np.uint64(size) <= self.bounds[:, 1])
+        assert inside.any(axis=1).all(), "access out of bounds"
+
+
+_access = interpreter._interpreter
+interpreter._interpreter = CheckedAccess()
+interpreter.GridExecutor._init_args_hst = note_arguments
 
 
 # The interpreter keeps bfloat16 as the bits it is made of. Products and sums of those are garbage, and casts to it cut

@@ -93,6 +93,13 @@ def test_no_row_is_picked_twice(value: float) -> None:
         assert order.sort(dim=1).values.tolist() == [list(range(19))] * 2
 
 
+def test_most_isolated_of_rows_that_are_all_opposed() -> None:
+    """Here what is not a row, whose cosine would be 0, would be nearer than every row."""
+    x = torch.tensor([[[1.0, 0.1], [-0.4, 0.9], [-0.7, -0.7]]])
+    assert kernels.most_isolated(x).tolist() == [loops.most_isolated(x[0])] == [2]
+    assert kernels.k_center(x, 3).tolist() == [loops.greedy(x[0], 3, 2, max)]
+
+
 def test_lengths_do_not_count() -> None:
     x, first = draw(1, 29, 12, seed=3), torch.tensor([8])
     longer = x * torch.logspace(-6, 6, 29)[:, None]
@@ -137,6 +144,12 @@ def test_query_rows(
         expected = loops.attention(query[b], key[b], width**-0.5, seen).mean(0)
         assert error(rows[b], expected) < CLOSE
         assert not rows[b][~seen].any()
+
+
+def test_query_rows_over_many_keys() -> None:
+    query, key = draw(1, 1, 1, 16, seed=1), draw(1, 1500, 1, 16, seed=2)
+    expected = loops.attention(query[0], key[0], 1.0, torch.ones(1, 1500, dtype=torch.bool)).mean(0)
+    assert error(kernels.query_rows(query, key, 1.0)[0], expected) < CLOSE
 
 
 def test_query_rows_that_see_nothing_are_zero() -> None:

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtc import kernels
 from vtc.kernels import dispatch
+from vtc.kernels.cosine import gram
 
 X = torch.randn(2, 21, 8, generator=torch.Generator().manual_seed(0))
 FIRST, WEIGHT = torch.tensor([3, 20]), torch.rand(2, 21, generator=torch.Generator().manual_seed(1))
@@ -116,6 +118,15 @@ assert sys.modules.get("triton") is None
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_products_on_a_gpu_are_float32(dtype: torch.dtype) -> None:
+    """What the CPU cannot run, half precision with sums in float32, at least has the right arguments and shapes."""
+    with FakeTensorMode():
+        products, lengths = gram(torch.empty(2, 21, 8, device="cuda", dtype=dtype))
+    assert products.shape == (2, 32, 32) and lengths.shape == (2, 32)
+    assert products.dtype == lengths.dtype == torch.float32
 
 
 def on_a_gpu(dtype: torch.dtype = torch.float16, index: int = 0, kind: str = "cuda") -> Tensor:

@@ -40,8 +40,13 @@ def operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[...
     name, parenthesis, rest = schema.partition("(")
 
     def register(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(implementation)
+        def run(tensor: Tensor, *arguments: Any) -> Tensor:
+            with torch.cuda.device_of(tensor):  # Triton launches on the current GPU, wherever its arguments are
+                return implementation(tensor, *arguments)
+
         torch.library.define(f"vtc::{name}", parenthesis + rest)
-        torch.library.impl(f"vtc::{name}", "CompositeExplicitAutograd", implementation)
+        torch.library.impl(f"vtc::{name}", "CompositeExplicitAutograd", run)
         torch.library.register_fake(f"vtc::{name}", fake)
         overload: Any = getattr(torch.ops.vtc, name).default
         return overload

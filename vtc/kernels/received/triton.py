@@ -24,7 +24,7 @@ def _sequence(offsets, longest, H, PACKED: tl.constexpr):
     else:
         start = b.to(tl.int64) * longest
         length = longest
-    return start, length, tl.program_id(1) % H
+    return start, length, (tl.program_id(1) % H).to(tl.int64)
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def normaliser_kernel(
     start, length, h = _sequence(offsets, longest, H, PACKED)
     first = tl.program_id(0) * QUERIES
     if first < length:
-        query += start * (sqt * 8) + h * (sqh * 8)
-        key += start * (skt * 8) + (h // SHARED) * (skh * 8)
+        query += (start * sqt + h * sqh) * 8
+        key += (start * skt + h // SHARED * skh) * 8
         m = first + tl.arange(0, QUERIES)
         d1 = tl.arange(0, D1)
         rows = query + m[:, None].to(tl.int64) * (sqt * 8)
@@ -69,7 +69,7 @@ def normaliser_kernel(
             higher = tl.maximum(highest, tl.max(s, 1))
             total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
             highest = higher
-        tl.store(out + h.to(tl.int64) * T + start + m, highest + tl.log2(total), mask=m < length)
+        tl.store(out + h * T + start + m, highest + tl.log2(total), mask=m < length)
 
 
 @triton.jit
@@ -82,9 +82,9 @@ def received_kernel(
     start, length, h = _sequence(offsets, longest, H, PACKED)
     first = tl.program_id(0) * KEYS
     if first < length:
-        query += start * (sqt * 8) + h * (sqh * 8)
-        key += start * (skt * 8) + (h // SHARED) * (skh * 8)
-        normaliser += h.to(tl.int64) * T + start
+        query += (start * sqt + h * sqh) * 8
+        key += (start * skt + h // SHARED * skh) * 8
+        normaliser += h * T + start
         n = first + tl.arange(0, KEYS)
         d1 = tl.arange(0, D1)
         rows = key + n[:, None].to(tl.int64) * (skt * 8)
@@ -109,7 +109,7 @@ def received_kernel(
             if CAUSAL:
                 share = tl.where(n[:, None] <= m[None, :], share, 0.0)
             total += tl.sum(share, 1)
-        tl.store(out + h.to(tl.int64) * T + start + n, total / (H * length), mask=n < length)
+        tl.store(out + h * T + start + n, total / (H * length), mask=n < length)
 
 
 def received(query: Tensor, key: Tensor, offsets: Tensor | None, longest: int, scale: float, causal: bool) -> Tensor:

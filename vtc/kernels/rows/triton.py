@@ -27,16 +27,16 @@ def score_kernel(
     b = tl.program_id(2).to(tl.int64)
     n = tile * TILE + tl.arange(0, TILE)
     d = tl.arange(0, WIDTH)
-    key += b * skb * 8 + tl.program_id(1) * (skh * 8)
+    key += (b * skb + tl.program_id(1).to(tl.int64) * skh) * 8
     keys = tl.load(
-        key + n[:, None].to(tl.int64) * (skn * 8) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
+        key + n[:, None].to(tl.int64) * skn * 8 + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
     ).to(tl.float32)  # (TILE, WIDTH)
     taking = n < N
     if MASKED:
         taking = taking & (tl.load(mask + b * N + n, mask=taking, other=0) != 0)
     for r in range(0, R):
         for g in tl.static_range(SHARED):
-            h = tl.program_id(1) * SHARED + g
+            h = tl.program_id(1).to(tl.int64) * SHARED + g
             row = tl.load(query + (b * sqb + r * sqr + h * sqh) * 8 + d, mask=d < D, other=0.0)
             s = tl.sum(keys * row.to(tl.float32)[None, :], 1) * scale
             s = tl.where(taking, s, float("-inf"))
@@ -58,14 +58,19 @@ def average_kernel(
     h = tl.arange(0, HEADS)
     t = tl.arange(0, PARTS)
     heads = h < H
-    part = (row * H + h[:, None]) * TILES + t[None, :]
-    valid = heads[:, None] & (t < TILES)[None, :]
-    tops = tl.load(top + part, mask=valid, other=float("-inf"))
-    totals = tl.load(total + part, mask=valid, other=0.0)
-    highest = tl.max(tops, 1)
-    highest = tl.where(highest > float("-inf"), highest, 0.0)
-    whole = tl.sum(totals * tl.exp2(tops - highest[:, None]), 1)
-    whole = tl.where(whole > 0.0, whole, 1.0)
+    highest = tl.full((HEADS,), float("-inf"), tl.float32)
+    for first in range(0, TILES, PARTS):
+        part = (row * H + h[:, None]) * TILES + first + t[None, :]
+        valid = heads[:, None] & (first + t < TILES)[None, :]
+        highest = tl.maximum(highest, tl.max(tl.load(top + part, mask=valid, other=float("-inf")), 1))
+    highest = tl.maximum(highest, -1e38)  # if nothing is seen, no infinity is subtracted from itself
+    whole = tl.zeros((HEADS,), tl.float32)
+    for first in range(0, TILES, PARTS):
+        part = (row * H + h[:, None]) * TILES + first + t[None, :]
+        valid = heads[:, None] & (first + t < TILES)[None, :]
+        tops = tl.load(top + part, mask=valid, other=float("-inf"))
+        whole += tl.sum(tl.load(total + part, mask=valid, other=0.0) * tl.exp2(tops - highest[:, None]), 1)
+    whole = tl.maximum(whole, 1.0)  # which the largest score alone contributes, if there is one
     inside = heads[:, None] & (n < N)[None, :]
     s = tl.load(score + (row * H + h[:, None]) * N + n[None, :], mask=inside, other=float("-inf"))
     share = tl.exp2(s - highest[:, None]) / whole[:, None]
@@ -90,6 +95,6 @@ def query_rows(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) ->
     )  # fmt: skip
     average_kernel[(tiles, batch * rows)](
         score, top, total, out, n, tiles, H=heads, HEADS=triton.next_power_of_2(heads),
-        PARTS=triton.next_power_of_2(tiles), TILE=TILE, num_warps=4, **OPTIONS,
+        PARTS=16, TILE=TILE, num_warps=4, **OPTIONS,
     )  # fmt: skip
     return out
