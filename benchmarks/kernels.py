@@ -7,7 +7,7 @@ what the cache still holds. Nothing is timed whose result is wrong.
 
 Without a GPU it can be rehearsed, in Triton's interpreter on small shapes; the times then mean nothing:
 
-    TRITON_INTERPRET=1 python benchmarks/kernels.py --small --out /tmp/kernels.md
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --small --out rehearsal.md
 """
 
 from __future__ import annotations
