@@ -123,6 +123,22 @@ def test_prepared_masks(spec: str, attention: str, text: str) -> None:
             assert near(logits[real], expected[real])
 
 
+@pytest.mark.parametrize("mask", ["additive", "boolean", "dict"])
+@torch.no_grad()
+def test_a_prepared_mask_on_a_compressed_cache_is_refused(model: Any, mask: str) -> None:
+    """It speaks of tokens that the cache no longer holds: neither guessed at nor ignored."""
+    inputs = batch(1).inputs()
+    length = inputs["input_ids"].shape[1] + 1
+    allowed = torch.ones(1, 1, 1, length, dtype=torch.bool)
+    allowed[..., :2] = False  # the caller means something by it
+    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    given = {"additive": additive, "boolean": allowed, "dict": {"full_attention": additive}}[mask]
+    with vtc.compress(model, "random:keep=4"):
+        cache = model(**inputs).past_key_values
+        with pytest.raises(vtc.VtcError, match="2-D mask"):
+            model(input_ids=torch.tensor([[11]]), attention_mask=given, past_key_values=cache)
+
+
 @every_spec
 @torch.no_grad()
 def test_beams_and_samples_repeat_the_images(model: Any, spec: str) -> None:

@@ -374,6 +374,30 @@ def test_law_8_an_error_inside_a_call_leaves_nothing_behind() -> None:
             assert torch.equal(model(**inputs).logits, expected)
 
 
+@torch.no_grad()
+def test_law_8_an_interrupted_call_leaves_nothing_behind() -> None:
+    """Not even what Python does not count as an error: somebody stops a notebook cell in the middle of a call."""
+    model, inputs = make_llava(), batch(1).inputs()
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with vtc.compress(model, "fastervlm:keep=4"):
+        expected = model(**inputs).logits
+        for _ in range(3):
+            handle = model.model.language_model.layers[1].register_forward_hook(interrupt)
+            pixels = inputs["pixel_values"].clone()
+            ids = inputs["input_ids"].clone()
+            held = weakref.ref(ids)
+            with pytest.raises(KeyboardInterrupt):
+                model(input_ids=ids, pixel_values=pixels)
+            handle.remove()
+            assert torch.equal(model(**inputs).logits, expected)
+            del ids
+            gc.collect()
+            assert held() is None
+
+
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")
 
 

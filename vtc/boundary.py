@@ -19,6 +19,9 @@ from vtc.choice import Choice
 from vtc.errors import VtcError
 
 
+PREPARED = "a prepared 4-D attention mask cannot continue a compressed cache; pass a 2-D mask"
+
+
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a module call by name, however the caller passed them."""
     if not args:
@@ -177,17 +180,16 @@ def continue_call(arguments: Mapping[str, Any], state: CacheState) -> tuple[dict
     mask = arguments.get("attention_mask")
     out = dict(arguments)
 
-    flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    prepared = mask is not None and not _is_flat(mask)
+    # What generate prepares for a static cache says no more than the 2-D mask below, and counts the dropped tokens too.
+    # Anybody else's prepared mask means something that nobody here can translate.
+    if prepared and not getattr(arguments.get("past_key_values"), "is_compileable", False):
+        raise VtcError(PREPARED)
+    real = None if prepared else _real(mask, size, state.length)
     physical = None
-    if state.mask is not None or flat is not None:
+    if state.mask is not None or real is not None:
         held = _ones(state.mask, batch, state.length - state.dropped, reference.device)
-        new = (
-            flat[:, -size:].bool()
-            if flat is not None
-            else torch.ones(batch, size, dtype=torch.bool, device=held.device)
-        )
-        physical = torch.cat([held, new.to(held.device)], dim=1)
-    # A prepared mask counts the dropped tokens too; the language model makes the right one from the 2-D mask.
+        physical = torch.cat([held, _ones(real, batch, size, reference.device)], dim=1)
     out["attention_mask"] = physical
 
     positions = arguments.get("position_ids")
@@ -246,5 +248,5 @@ def _cut_masks(mask: Any, shrink: Shrink, past: int, dropped: int) -> Any:
     if not isinstance(mask, Tensor):
         raise VtcError(f"a prepared attention mask of type {type(mask).__name__} cannot be shortened; pass a 2-D mask")
     if dropped:
-        raise VtcError("a prepared 4-D attention mask cannot continue a compressed cache; pass a 2-D mask")
+        raise VtcError(PREPARED)
     return shrink.take_mask(mask, past)

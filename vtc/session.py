@@ -197,34 +197,31 @@ class Session:
     # ------------------------------------------------------------------------------------------- hooks, in order
 
     @property
-    def _calls(self) -> list[_Call]:
-        if not hasattr(self._local, "calls"):
-            self._local.calls = []
-        return self._local.calls
+    def _call(self) -> _Call | None:
+        """The call that this thread is in. Calls of one model do not nest, so a new one replaces an interrupted one."""
+        return getattr(self._local, "call", None)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = bind(module, args, kwargs)
         ahead = arguments.get("mm_encoder_outputs") or {}  # what generate, or the caller, encoded before this call
-        self._calls.append(
-            _Call(
-                input_ids=arguments.get("input_ids"),
-                inputs_embeds=arguments.get("inputs_embeds"),
-                has_pixels=arguments.get("pixel_values") is not None,
-                encoded=ahead.get("image"),
-            )
+        self._local.call = _Call(
+            input_ids=arguments.get("input_ids"),
+            inputs_embeds=arguments.get("inputs_embeds"),
+            has_pixels=arguments.get("pixel_values") is not None,
+            encoded=ahead.get("image"),
         )
 
     def _encoded(self, module: nn.Module, args: Any, output: Any) -> None:
         # This object later carries the projected features, through generate if need be. It carries the rows too, so
         # they can never be read together with another image's features.
         setattr(output, ROWS, {layer: tap.pop() for layer, tap in self._taps.items()})
-        if self._calls and self._calls[-1].has_pixels:
-            self._calls[-1].encoded = output
+        if self._call is not None and self._call.has_pixels:
+            self._call.encoded = output
 
     def _shrink(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        call = self._calls[-1] if self._calls else _Call()
+        call = self._call or _Call()
         arguments = bind(module, args, kwargs)
         state = cache_state(arguments.get("past_key_values"))
         choice = self._choose(call)
@@ -239,19 +236,19 @@ class Session:
         if state is None:
             return None
         arguments, call.state = continue_call(arguments, state)
-        if not self._calls:  # the language model was called on its own: nobody else would update the cache
+        if self._call is None:  # the language model was called on its own: nobody else would update the cache
             set_cache_state(arguments["past_key_values"], call.state)
         return (), arguments
 
     def _rotate(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._calls or self._calls[-1].positions is None:
+        if self._call is None or self._call.positions is None:
             return None
-        return (), {**bind(module, args, kwargs), "position_ids": self._calls[-1].positions}
+        return (), {**bind(module, args, kwargs), "position_ids": self._call.positions}
 
     def _grow(self, module: nn.Module, args: Any, output: Any) -> Any:
-        call = self._calls[-1] if self._calls else _Call()
+        call = self._call or _Call()
         if isinstance(output, tuple):
             cache = next((item for item in output[1:] if hasattr(item, "get_seq_length")), None)
         else:
@@ -268,8 +265,7 @@ class Session:
         return output
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._calls:
-            self._calls.pop()
+        self._local.call = None
 
     # ------------------------------------------------------------------------------------------- selecting
 
