@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtc
 from cases import DROPPING, SPECS
 from models import BATCHES, GREEDY, IMAGE, TOKENS, Batch, batch, llava, make_llava
 from vtc.compressor import parse
 from vtc.visual import Layout, Visual
+from watch import Watch
 
 # Two orders of the same sums differ by rounding. Relative errors: some roundings of 2^-24, and of 2^-9.
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -398,27 +398,6 @@ def test_law_8_an_interrupted_call_leaves_nothing_behind() -> None:
             assert held() is None
 
 
-SYNCHRONISING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")
-
-
-class CountSynchronisation(TorchDispatchMode):
-    """Counts operations that make a device wait for the host's reading of a result, and the largest tensor made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[str] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name.startswith(SYNCHRONISING) and name != "nonzero_static":
-            self.waits.append(name)
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self.largest = max(self.largest, out.numel())
-        return out
-
-
 @every_dtype
 @every_attention
 @every_dropping_spec
@@ -434,11 +413,11 @@ def test_law_10_no_host_synchronisation(spec: str, shape: tuple[int, ...], atten
     inputs = prompts.inputs()
     if len(shape) == 1:
         del inputs["attention_mask"]
-    with CountSynchronisation() as plain:
+    with Watch() as plain:
         model(**inputs)
     with vtc.compress(model, spec) as run:
         model(**inputs)  # the first selection of a session is validated, which reads
-        with CountSynchronisation() as compressed:
+        with Watch() as compressed:
             model(**inputs)
     assert sum(shape) == 0 or (run.last is not None and run.last.tokens_out < run.last.tokens_in)
     allowed = 1 if len(shape) > 1 else 0
@@ -459,7 +438,7 @@ def test_law_10_no_attention_map(spec: str) -> None:
     tokens, heads = 32 * 32, 8
     ids = torch.cat([torch.full((tokens,), IMAGE), torch.arange(10, 14)])[None]
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 256, 256)}
-    with vtc.compress(model, spec), CountSynchronisation() as compressed:
+    with vtc.compress(model, spec), Watch() as compressed:
         model(**inputs)
     assert compressed.largest < heads * tokens * tokens / 4
 

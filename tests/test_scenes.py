@@ -138,7 +138,6 @@ def test_unknown_names_are_refused() -> None:
         scenes._shape_mask("blob", 16)
 
 
-@pytest.mark.skipif(not ZOO.exists(), reason="the bundled model is not there")
 def test_the_bundled_tokenizer_knows_every_word(items: list[scenes.Item]) -> None:
     from transformers import AutoTokenizer
 

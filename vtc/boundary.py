@@ -18,7 +18,6 @@ from vtc.cache import CacheState
 from vtc.choice import Choice
 from vtc.errors import VtcError
 
-
 PREPARED = "a prepared 4-D attention mask cannot continue a compressed cache; pass a 2-D mask"
 
 

@@ -37,7 +37,7 @@ def choose(
     compressor: Compressor,
     layouts: Sequence[Layout],
     features: Sequence[Tensor],
-    saliency: Callable[[], Tensor],
+    saliency: Callable[[Sequence[int]], Tensor],
     validate: bool,
 ) -> Choice:
     """Select among the visual inputs of a call, all of one layout at once.
@@ -46,7 +46,7 @@ def choose(
         compressor: the strategy.
         layouts: one per visual input.
         features: projected features, `(N_i, D)` per visual input.
-        saliency: makes the rows of all visual inputs of a call, `(I, R, N)`.
+        saliency: makes the rows of the visual inputs with these numbers, `(B, R, N)`.
         validate: also check that indices ascend and are in range, which reads from the device.
     """
     numbers: dict[Layout, list[int]] = {}
@@ -60,7 +60,7 @@ def choose(
         budget = compressor.budget(layout)
         if budget >= layout.tokens:
             continue
-        visual = _visual(compressor, layout, members, len(layouts), features, saliency)
+        visual = _visual(compressor, layout, members, features, saliency)
         with torch.no_grad():
             selection = compressor.select(visual)
         _check(compressor, selection, layout, budget, len(members), validate)
@@ -84,18 +84,14 @@ def _visual(
     compressor: Compressor,
     layout: Layout,
     members: list[int],
-    total: int,
     features: Sequence[Tensor],
-    saliency: Callable[[], Tensor],
+    saliency: Callable[[Sequence[int]], Tensor],
 ) -> Visual:
     loaders: dict[str, Callable[[], Tensor]] = {}
     if "features" in compressor.needs:
         loaders["features"] = lambda: torch.stack([features[number] for number in members]).detach()
     if compressor.needs & {"cls", "received"}:
-        # All inputs of a call usually share one layout; indexing is for those that do not.
-        loaders["saliency"] = lambda: (
-            saliency() if len(members) == total else torch.stack([saliency()[n] for n in members])
-        )
+        loaders["saliency"] = lambda: saliency(members)
     return Visual(layout, len(members), features[members[0]].device, loaders)
 
 

@@ -13,8 +13,9 @@ borders of packed sequences.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -276,27 +277,26 @@ class Session:
             return None
         features = list(call.encoded.pooler_output)  # (N_i, D) each
         layouts = self.adapter.layouts(features)
-        choice = choose(
-            self.compressor, layouts, features, lambda: self._saliency(call.encoded, features), not self._validated
-        )
+        rows = partial(self._saliency, call.encoded, features)
+        choice = choose(self.compressor, layouts, features, rows, validate=not self._validated)
         self._validated = True
         return choice
 
-    def _saliency(self, encoded: Any, features: list[Tensor]) -> Tensor:
-        """`(I, R, N)`: the rows that travelled on the encoder's output, one per visual input of the call."""
+    def _saliency(self, encoded: Any, features: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+        """`(B, R, N)`: the rows that travelled on the encoder's output, of the visual inputs with these numbers."""
         rows = getattr(encoded, ROWS, None)
         if rows is None or set(rows) != set(self._taps):
             raise VtcError("the image features were computed before vtc.compress(model, ...): compute them again")
-        stacked = torch.stack([self.adapter.token_rows(rows[layer]) for layer in self._taps], dim=1)
-        if len(features) == len(stacked):
-            return stacked
-        # Beam search and num_return_sequences repeat the features, as the same tensors, after the encoder ran.
-        order: dict[int, int] = {}
-        for feature in features:
-            order.setdefault(id(feature), len(order))
-        if len(order) != len(stacked):
-            raise VtcError(f"{len(features)} visual inputs arrived, but the encoder saw {len(stacked)}")
-        return torch.stack([stacked[order[id(feature)]] for feature in features])
+        stacked = torch.stack([self.adapter.token_rows(rows[layer]) for layer in self._taps], dim=1)  # (I, R, N)
+        images = list(range(len(features)))
+        if len(images) != len(stacked):
+            # Beam search and num_return_sequences repeat the features, as the same tensors, after the encoder ran.
+            order: dict[int, int] = {}
+            images = [order.setdefault(id(feature), len(order)) for feature in features]
+            if len(order) != len(stacked):
+                raise VtcError(f"{len(features)} visual inputs arrived, but the encoder saw {len(stacked)}")
+        wanted = [images[number] for number in members]
+        return stacked if wanted == list(range(len(stacked))) else torch.stack([stacked[image] for image in wanted])
 
     # ------------------------------------------------------------------------------------------- reporting
 

@@ -14,9 +14,9 @@ import loops
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtc import kernels
+from watch import Watch
 
 # One sum of N products in another order: some roundings of 2^-24, on values that are averages. Measured: 2e-7.
 CLOSE = 2e-6
@@ -308,24 +308,6 @@ def test_frame_similarity(dtype: torch.dtype) -> None:
 
 
 # --- what runs inside the operators, which no mode sees from outside
-
-
-class Watch(TorchDispatchMode):
-    """Notes what makes the host wait for the device, and the largest tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[str] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"):
-            self.waits.append(name)
-        out = func(*args, **(kwargs or {}))
-        for part in out if isinstance(out, tuple) else [out]:
-            self.largest = max(self.largest, part.numel() if isinstance(part, Tensor) else 0)
-        return out
 
 
 def watch(operation: str, function: str, *inputs: Any) -> Watch:

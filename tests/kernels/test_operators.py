@@ -157,3 +157,14 @@ def test_dispatch_by_machine(
     assert not dispatch.fused(on_a_gpu(), on_a_gpu(index=1))
     assert not dispatch.fused(on_a_gpu(), on_a_gpu(kind="cpu"))
     assert not dispatch.fused(X)
+
+
+def test_the_reference_of_greedy_selection_stays_small() -> None:
+    """No tensor of tokens x tokens at a length where that would matter."""
+    from vtc.kernels.greedy import naive
+    from watch import Watch
+
+    tokens = 3000
+    with Watch() as seen:
+        naive.greedy(torch.empty(1, tokens, 8, device="meta"), 3, None, None, False)
+    assert tokens < seen.largest <= tokens * 512 and not seen.waits
