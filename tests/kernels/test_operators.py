@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vtc import kernels
 from vtc.kernels import dispatch
 from vtc.kernels.cosine import gram
+from vtc.kernels.greedy import naive
+from watch import Watch
 
 X = torch.randn(2, 21, 8, generator=torch.Generator().manual_seed(0))
 FIRST, WEIGHT = torch.tensor([3, 20]), torch.rand(2, 21, generator=torch.Generator().manual_seed(1))
@@ -161,9 +163,6 @@ def test_dispatch_by_machine(
 
 def test_the_reference_of_greedy_selection_stays_small() -> None:
     """No tensor of tokens x tokens at a length where that would matter."""
-    from vtc.kernels.greedy import naive
-    from watch import Watch
-
     tokens = 3000
     with Watch() as seen:
         naive.greedy(torch.empty(1, tokens, 8, device="meta"), 3, None, None, False)
