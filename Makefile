@@ -9,7 +9,7 @@
 
 VENV = .venv
 TORCH = torch==2.13.0
-TRANSFORMERS = transformers>=5.7
+TRANSFORMERS = transformers>=5.17
 TRITON =
 OLDEST = transformers==5.17.0
 # Its interpreter cannot count with numpy 2.4 and newer.
