@@ -202,20 +202,22 @@ def test_law_4_padding_is_not_carried_along() -> None:
     assert run.last.sequence_out == len(prompts.rows[0]) - 2 * (TOKENS - 2)
 
 
+@every_dtype
 @every_attention
 @every_dropping_spec
 @pytest.mark.parametrize("keep", ["1", "7", "16", "0.01", "0.1", "0.5", "0.97"])
 @torch.no_grad()
-def test_law_5_budget(spec: str, keep: str, attention: str) -> None:
+def test_law_5_budget(spec: str, keep: str, attention: str, dtype: torch.dtype) -> None:
     """The budget is a function of sizes and exactly that many tokens survive, whatever the image shows."""
     spec = identity(spec).replace("keep=1.0", f"keep={keep}")
-    model, compressor = llava(attention=attention), parse(spec)
+    model, compressor = llava(attention=attention, dtype=dtype), parse(spec)
     budget = compressor.budget(Layout(TOKENS, (1, 4, 4)))
     assert 1 <= budget <= (int(keep) if "." not in keep else max(1, int(float(keep) * TOKENS + 0.5)))
     if compressor.name != "pool":
         assert budget == (int(keep) if "." not in keep else max(1, int(float(keep) * TOKENS + 0.5)))
-    inputs = batch(1, 2).inputs()
-    for pixels in (inputs["pixel_values"], torch.zeros(3, 3, 56, 56), torch.randn(3, 3, 56, 56)):
+    inputs = batch(1, 2, dtype=dtype).inputs()
+    shown = inputs["pixel_values"]
+    for pixels in (shown, torch.zeros_like(shown), torch.randn_like(shown)):
         with vtc.compress(model, spec) as run:
             model(**{**inputs, "pixel_values": pixels})
         assert run.last is not None
@@ -241,12 +243,14 @@ def test_law_6_order(spec: str, attention: str, dtype: torch.dtype) -> None:
         assert seen[0] == seen[1]
 
 
+@every_dtype
+@every_attention
 @every_dropping_spec
 @torch.no_grad()
-def test_law_7_no_memory(spec: str) -> None:
+def test_law_7_no_memory(spec: str, attention: str, dtype: torch.dtype) -> None:
     """Nothing of one call, thread or model is left in another."""
-    model, other = llava(), make_llava(text="qwen2")
-    inputs = [batch(1, seed=seed).inputs() for seed in range(3)]
+    model, other = llava(attention=attention, dtype=dtype), make_llava(text="qwen2", attention=attention, dtype=dtype)
+    inputs = [batch(1, seed=seed, dtype=dtype).inputs() for seed in range(3)]
     expected = []
     for one in inputs:
         with vtc.compress(model, spec):
@@ -315,12 +319,13 @@ def hook_tables(model: torch.nn.Module) -> dict[str, list[int]]:
     }
 
 
+@every_dtype
 @every_attention
 @every_spec
 @torch.no_grad()
-def test_law_8_undo(spec: str, attention: str) -> None:
+def test_law_8_undo(spec: str, attention: str, dtype: torch.dtype) -> None:
     """However a session ends, the hook tables and the outputs of every sub-module are as found."""
-    model, inputs = make_llava(attention=attention), batch(1, 2).inputs()
+    model, inputs = make_llava(attention=attention, dtype=dtype), batch(1, 2, dtype=dtype).inputs()
     model.model.language_model.layers[1].register_forward_hook(lambda *args: None)  # the user's own
     logits = model(**inputs, output_hidden_states=True).logits  # makes transformers install its own hooks
     before, attributes = hook_tables(model), {name: set(vars(module)) for name, module in model.named_modules()}
