@@ -16,7 +16,7 @@ import vtc
 from models import GREEDY, IMAGE, TOKENS, batch, llava, make_llava
 from vtc import adapters
 from vtc.kernels.received.naive import BLOCK
-from vtc.saliency import class_attention, received_attention
+from vtc.saliency import class_attention, class_logits, received_attention
 
 SPECS = ["fastervlm:keep=5", "divprune:keep=5,positions=original", "pool:keep=6"]
 every_spec = pytest.mark.parametrize("spec", SPECS)
@@ -332,20 +332,18 @@ def test_saliency_rows_are_the_encoders_own_attention(tower: str, attention: str
 
 def test_rows_do_not_follow_a_callers_autocast() -> None:
     """Rounded dot products would decide between tokens that are nearly alike."""
-    query, key = torch.randn(2, 1, 9, 8).unbind()
-    for row in (class_attention, received_attention):
-        expected = row(query, key, 2, 0.5)
+    query, key = torch.randn(2, 1, 9, 2, 4).unbind()
+    for row in (class_attention, class_logits, received_attention):
+        expected = row(query, key, 0.5)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(row(query, key, 2, 0.5), expected)
+            assert torch.equal(row(query, key, 0.5), expected)
 
 
 def test_blocked_received_attention_is_the_mean_of_the_map() -> None:
     for length in (1, 5, BLOCK, BLOCK + 1, 2 * BLOCK + 7):
-        query, key = torch.randn(2, 2, length, 8).unbind()
-        heads = [
-            (query[..., part].double() @ key[..., part].double().mT * 0.5).softmax(-1)
-            for part in (slice(0, 4), slice(4, 8))
-        ]
-        maps = torch.stack(heads).mean(0)  # (B, S, S)
-        assert (received_attention(query, key, 2, 0.5) - maps.mean(1)).abs().max() < 1e-6
-        assert (class_attention(query, key, 2, 0.5) - maps[:, 0]).abs().max() < 1e-6
+        query, key = torch.randn(2, 2, length, 2, 4).unbind()
+        logits = query.double().transpose(1, 2) @ key.double().permute(0, 2, 3, 1) * 0.5  # (B, heads, S, S)
+        maps = logits.softmax(-1).mean(1)  # (B, S, S)
+        assert (received_attention(query, key, 0.5) - maps.mean(1)).abs().max() < 1e-6
+        assert (class_attention(query, key, 0.5) - maps[:, 0]).abs().max() < 1e-6
+        assert (class_logits(query, key, 0.5) - logits.mean(1)[:, 0]).abs().max() < 1e-6

@@ -1,71 +1,118 @@
 """Reading one attention row of a vision encoder, whatever attention implementation the encoder runs.
 
-The row is recomputed from what the layer's own query and key projections return, so nothing is projected twice and no
-attention map is ever asked for.
+The row is recomputed from what the layer's own projections return, so nothing is projected twice and no attention map
+is ever asked for.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtc.adapters.base import Attention
-from vtc.kernels import query_rows, received
+from vtc.boundary import bind
+from vtc.errors import VtcError
+from vtc.kernels import query_rows, received, received_packed
+from vtc.kernels.cosine import products
+
+Kind = Literal["cls", "received", "logits"]
 
 
-def class_attention(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
+def class_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Attention of the first token, `(B, S)` float32, averaged over heads.
 
-    `query` and `key` are `(B, S, heads * head_dim)`; the softmax runs over all `S` keys, in float32.
+    `query` and `key` are `(B, S, heads, head_dim)`; the softmax runs over all `S` keys, in float32.
     """
-    return query_rows(_split(query[:, :1], heads), _split(key, heads), scale)[:, 0]
+    return query_rows(query[:, :1], key, scale)[:, 0]
 
 
-def received_attention(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
+def class_logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Scaled dot products of the first token with all tokens, `(B, S)` float32, averaged over heads: no softmax."""
+    heads = query.shape[2]
+    return products(query[:, :1].flatten(2), key.flatten(2))[:, 0] * (scale / heads)
+
+
+def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Attention each token receives, `(B, S)` float32, averaged over heads and over all `S` queries.
 
     The `S x S` map is never made as a whole.
     """
-    return received(_split(query, heads), _split(key, heads), scale)
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1))  # (B, S, heads, head_dim)
+    return received(query, key, scale)
 
 
 class Tap:
-    """Computes the saliency row of one encoder layer each time the layer runs. State is per thread."""
+    """Computes the saliency row of one encoder layer when the layer runs. State is per thread.
 
-    def __init__(self, attention: Attention, kind: Literal["cls", "received"]) -> None:
+    Args:
+        attention: the layer.
+        kind: what the row holds, averaged over heads: attention of the class token (`"cls"`), attention received from
+            all tokens on average (`"received"`), or the class token's scaled dot products (`"logits"`).
+    """
+
+    def __init__(self, attention: Attention, kind: Kind) -> None:
+        if kind not in get_args(Kind):
+            raise VtcError(f"a saliency row is one of {', '.join(get_args(Kind))}, not '{kind}'")
+        if attention.offsets is not None and kind != "received":
+            raise VtcError(f"packed inputs have no class token to read '{kind}' from; 'received' can be read")
         self._attention = attention
-        self._row = class_attention if kind == "cls" else received_attention
+        self._kind = kind
         self._local = threading.local()
 
     def install(self) -> list[RemovableHandle]:
+        """Hook the layer. It does nothing until `expect` is called."""
         return [
-            self._attention.query.register_forward_hook(self._see_query),
-            self._attention.key.register_forward_hook(self._see_key),
-            self._attention.module.register_forward_hook(self._compute),
+            *(
+                projection.register_forward_hook(partial(self._see, number))
+                for number, projection in enumerate(self._attention.projections)
+            ),
+            self._attention.module.register_forward_hook(self._compute, with_kwargs=True),
         ]
 
-    def pop(self) -> Tensor | None:
-        """The row `(I, S)` of the encoder call that just ended on this thread; forgotten once read."""
-        row = getattr(self._local, "row", None)
+    def expect(self, longest: int | None) -> None:
+        """The encoder is about to run on this thread.
+
+        Runs of the layer that were not announced, such as those that checkpointing repeats in a backward pass, leave
+        no row.
+
+        Args:
+            longest: length of the longest packed sequence; `None` if inputs are not packed.
+        """
         self._local.__dict__.clear()
+        self._local.longest = longest
+        self._local.outputs = {}
+
+    def pop(self) -> Tensor:
+        """The row of the encoder call that just ended on this thread, forgotten once read.
+
+        `(P, S)` float32, or `(S,)` of packed inputs.
+        """
+        row: Tensor | None = getattr(self._local, "row", None)
+        self._local.__dict__.clear()
+        if row is None:
+            raise VtcError(f"the encoder ran without its {type(self._attention.module).__name__}: no saliency to read")
         return row
 
-    def _see_query(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._local.query = output.detach()
-
-    def _see_key(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._local.key = output.detach()
+    def _see(self, number: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs = getattr(self._local, "outputs", None)
+        if outputs is not None:
+            outputs[number] = output.detach()
 
     @torch.no_grad()
-    def _compute(self, module: nn.Module, args: Any, output: Any) -> None:
-        query, key = self._local.query, self._local.key
-        del self._local.query, self._local.key
-        self._local.row = self._row(query, key, self._attention.heads, self._attention.scale)
+    def _compute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        outputs = getattr(self._local, "outputs", None)
+        if outputs is None:
+            return
+        del self._local.outputs
+        attention, arguments = self._attention, bind(module, args, kwargs)
+        query, key = attention.split([outputs[number] for number in sorted(outputs)], arguments)
+        if attention.offsets is not None:
+            offsets = arguments[attention.offsets].to(query.device)
+            self._local.row = received_packed(query, key, offsets, self._local.longest, attention.scale)
+        else:
+            row = {"cls": class_attention, "received": received_attention, "logits": class_logits}[self._kind]
+            self._local.row = row(query, key, attention.scale)
