@@ -1,4 +1,4 @@
-"""Tiny random models of every family and prompts for them, built from configurations: no network, milliseconds per call."""
+"""Tiny random models of every family, and prompts for them: no network, milliseconds per call."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Batch:
         return replace(self, rows=self.rows[number : number + 1]).inputs()
 
     def visuals(self) -> list[tuple[int, Shown]]:
-        """Every visual input with the number of its row, in the order of reports: images in prompt order, then clips."""
+        """Every visual input with the number of its row, in the order of reports: images, then clips, as prompted."""
         found = [(number, shown) for number, row in enumerate(self.rows) for shown in row.shown]
         return sorted(found, key=lambda item: item[1].clip)  # stable
 
@@ -145,7 +145,8 @@ class Family:
                     ids += words(3 + 2 * number + position, generator)
                 elif segment == "image":
                     size = self.sizes[images % len(self.sizes)]
-                    shown.append(self.place(self.image(size, segments.count("image"), generator, dtype), ids, generator))
+                    image = self.image(size, segments.count("image"), generator, dtype)
+                    shown.append(self.place(image, ids, generator))
                     images += 1
                 else:
                     shown += [self.place(item, ids, generator) for item in self.clip(clips, generator, dtype)]
@@ -183,23 +184,17 @@ class Family:
 
     def count(self, shown: Shown) -> int:
         """How many tokens the model itself makes of it."""
-        return sum(len(feature) for feature in self.features(self.model(), [Row(torch.tensor([0]), (shown,))]))
+        return self._count([Row(torch.tensor([0]), (shown,))])
 
-    def features(self, model: Any, rows: Sequence[Row]) -> list[Tensor]:
-        """What the model makes of every image, then of every clip: `(N_i, D)` each."""
-        given = self.arguments(torch.zeros(len(rows), 1, dtype=torch.long), rows)
-        found: list[Tensor] = []
-        with torch.no_grad():
-            if "pixel_values" in given:
-                found += self._encode(model.model.get_image_features, given, "pixel_values", "image")
-            if "pixel_values_videos" in given:
-                found += self._encode(model.model.get_video_features, given, "pixel_values_videos", "video")
-        return found
-
-    @staticmethod
-    def _encode(function: Any, given: dict[str, Tensor], pixels: str, modality: str) -> list[Tensor]:
-        names = {"image": ("image_sizes", "image_grid_thw", "batch_num_images"), "video": ("video_grid_thw",)}[modality]
-        return list(function(given[pixels], **{n: given[n] for n in names if n in given}, return_dict=True).pooler_output)
+    @torch.no_grad()
+    def _count(self, rows: Sequence[Row]) -> int:
+        given, model = self.arguments(torch.zeros(len(rows), 1, dtype=torch.long), rows), self.model().model
+        images = "pixel_values" in given
+        pixels = given["pixel_values" if images else "pixel_values_videos"].float()
+        names = ("image_sizes", "image_grid_thw", "batch_num_images") if images else ("video_grid_thw",)
+        encode = model.get_image_features if images else model.get_video_features
+        out = encode(pixels, **{name: given[name] for name in names if name in given})
+        return sum(feature.flatten(0, -2).shape[0] for feature in out.pooler_output)
 
     @staticmethod
     def _shown(rows: Sequence[Row], clip: bool) -> list[Shown]:
@@ -245,9 +240,11 @@ class OneVision(AnyRes):
         return made
 
     def count(self, shown: Shown) -> int:
-        several = len(shown.pixels) == 1 and not shown.clip
-        rows = [Row(torch.tensor([0]), (shown,) * (2 if several else 1))]
-        return len(self.features(self.model(), rows)[0])
+        if shown.clip:
+            frames = super().count(shown)
+            return frames + (frames % len(shown.pixels) == 0)  # some releases append the newline only later
+        several = 2 if len(shown.pixels) == 1 else 1
+        return self._count([Row(torch.tensor([0]), (shown,) * several)]) // several
 
 
 @dataclass(frozen=True)
@@ -307,15 +304,6 @@ class Tiles(Family):
         placed = super().place(shown, ids, generator)
         ids.append(END)
         return placed
-
-    def features(self, model: Any, rows: Sequence[Row]) -> list[Tensor]:
-        tiles = super().features(model, rows)  # (N, D) each
-        counts = [len(shown.pixels) for shown in self._shown(rows, clip=False)]
-        return [torch.cat(part) for part in _split(tiles, counts)]
-
-
-def _split(items: list[Tensor], counts: list[int]) -> list[list[Tensor]]:
-    return [items[sum(counts[:number]) : sum(counts[: number + 1])] for number in range(len(counts))]
 
 
 def words(count: int, generator: torch.Generator) -> list[int]:
