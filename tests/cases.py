@@ -22,3 +22,15 @@ SPECS = {
 }
 
 DROPPING = {name: spec for name, spec in SPECS.items() if name != "none"}
+
+# Strategies inside the language model.
+DECODER_SPECS = {
+    "fastv": "fastv:keep=5,layer=1",
+    "fastv-truncate": "fastv:keep=0.3,truncate=True",
+    "holitom-inner": "holitom-inner:keep=5",
+    "holitom-inner-mean": "holitom-inner:keep=5,layer=1,merge=mean",
+    "pyramiddrop": "pyramiddrop:keep=5,stages=2",
+    "pyramiddrop-original": "pyramiddrop:keep=5,stages=1,positions=original",
+    "todre-inner": "todre-inner",
+    "todre-inner-tau": "todre-inner:tau=0.999",
+}

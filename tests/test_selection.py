@@ -141,6 +141,26 @@ def test_take_keeps_booleans() -> None:
     assert torch.equal(pruning(N, 4, 10).take(mask), mask.gather(1, pruning(N, 4, 10).index))
 
 
+def test_nothing_may_survive() -> None:
+    nothing, x = Selection(torch.zeros(B, 0, dtype=torch.long), N), features()
+    assert nothing.apply(x).shape == (B, 0, C) and nothing.take(torch.ones(B, 1, 4, N), 3).shape == (B, 1, 4, 0)
+    assert nothing.matrix().shape == (B, 0, N)
+    assert torch.equal(nothing.sources(), torch.full((B, N), -1))
+    assert Selection.keep(nothing.index, N).apply(x).shape == (B, 0, C)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_nothing_survives_composed(kind: str) -> None:
+    """What a merge had put together goes with it; what is merged from nothing is nothing."""
+    x, first = features(), MAKE[kind](N, 4, seed=12)
+    nothing = Selection(torch.zeros(B, 0, dtype=torch.long), 4)
+    again = Selection(torch.zeros(B, 0, dtype=torch.long), 0)
+    for both in (first.then(nothing), first.then(nothing).then(again)):
+        assert both.size == N and both.index.shape == (B, 0)
+        assert both.apply(x).shape == (B, 0, C) and both.take(x).shape == (B, 0, C)
+        assert both.matrix().shape == (B, 0, N) and torch.equal(both.sources(), torch.full((B, N), -1))
+
+
 def test_sources_of_pruning() -> None:
     assert Selection(torch.tensor([[0, 2], [1, 3]]), 4).sources().tolist() == [[0, -1, 1, -1], [-1, 0, -1, 1]]
 

@@ -19,7 +19,8 @@ class Selection:
 
     Attributes:
         index: `(B, K)` int64, ascending and unique per row: the place, among the `size` tokens, where each survivor
-            stands. A merged token stands where its anchor stood; this is what positions and pictures use.
+            stands. A merged token stands where its anchor stood; this is what positions and pictures use. `K` is 0
+            where all tokens are dropped.
         size: number of tokens before, `N`.
         slot: `(B, E)` int64 in `[0, K)`: the survivor that entry `e` contributes to. `None` for pruning.
         source: `(B, E)` int64 in `[0, N)`: the token that entry `e` takes from. `None` for pruning.
@@ -82,6 +83,8 @@ class Selection:
                 f"cannot compose: the first keeps {self.index.shape[1]} tokens, the second expects {other.size}"
             )
         index = self.index.gather(1, other.index)
+        if not index.shape[1]:  # nothing survives for an entry to go to
+            return Selection(index, self.size)
         if not self.merges:
             source = None if other.source is None else self.index.gather(1, other.source)
             return Selection(index, self.size, other.slot, source, other.weight)
@@ -96,6 +99,8 @@ class Selection:
 
     def sources(self) -> Tensor:
         """`(B, N)` int64: the survivor each token contributed most to, -1 for tokens that were dropped."""
+        if not self.index.shape[1]:
+            return torch.full((self.index.shape[0], self.size), -1, device=self.index.device)
         weight, slot = self.matrix().max(dim=1)
         return torch.where(weight > 0, slot, -1)
 
