@@ -12,7 +12,7 @@ from vtc.choice import choose
 from vtc.compressor import parse
 from vtc.visual import Layout
 
-SMALL, LARGE, TINY = Layout(6, (1, 2, 3)), Layout(12, (1, 3, 4)), Layout(2, (1, 1, 2))
+SMALL, LARGE, TINY = Layout.frames(1, 2, 3), Layout.frames(1, 3, 4), Layout.frames(1, 1, 2)
 
 
 @pytest.mark.parametrize("spec", ["fastervlm:keep=3", "divprune:keep=3", "pool:keep=3", "random:keep=3"])

@@ -97,8 +97,8 @@ def test_a_whole_number_counts_and_a_fraction_is_a_fraction() -> None:
     one, all_of_them = parse("random:keep=1"), parse("random:keep=1.0")
     assert type(one.keep) is int and type(all_of_them.keep) is float
     assert (str(one), str(all_of_them)) == ("random:keep=1", "random:keep=1.0")
-    assert one.budget(Layout(9, (1, 3, 3))) == 1
-    assert all_of_them.budget(Layout(9, (1, 3, 3))) == 9
+    assert one.budget(Layout.frames(1, 3, 3)) == 1
+    assert all_of_them.budget(Layout.frames(1, 3, 3)) == 9
 
 
 @pytest.mark.parametrize("keep", ["0", "-1", "1.5", "0.0", "-0.5", "nan", "inf", "1e3", "64.0"])
@@ -248,7 +248,7 @@ def test_names_that_specs_could_not_hold(name: str) -> None:
 
 
 def test_a_strategy_has_to_select() -> None:
-    visual = Visual(Layout(4, (1, 2, 2)), 1, CPU, {})
+    visual = Visual(Layout.frames(1, 2, 2), 1, CPU, {})
     with pytest.raises(NotImplementedError, match=r"Demo must implement select\(visual\)"):
         Demo().select(visual)
 
@@ -274,17 +274,17 @@ def test_a_scorer_keeps_the_best() -> None:
             return visual.features.norm(dim=-1)
 
     x = torch.tensor([[[1.0], [3.0], [-3.0], [2.0]]])
-    kept = parse("norm:keep=2").select(Visual(Layout(4, (1, 2, 2)), 1, CPU, {"features": lambda: x}))
+    kept = parse("norm:keep=2").select(Visual(Layout.frames(1, 2, 2), 1, CPU, {"features": lambda: x}))
     assert kept.index.tolist() == [[1, 2]]
     assert str(parse("norm:keep=0.5")) == "norm:keep=0.5"
 
 
 def test_undeclared_needs_are_not_there() -> None:
     with pytest.raises(AttributeError, match=r"Visual\.saliency was not declared: add it to the strategy's `needs`"):
-        _ = Visual(Layout(4, (1, 2, 2)), 1, CPU, {}).saliency
+        _ = Visual(Layout.frames(1, 2, 2), 1, CPU, {}).saliency
 
 
 def test_features_are_loaded_once() -> None:
     calls: list[int] = []
-    visual = Visual(Layout(1, (1, 1, 1)), 1, CPU, {"features": lambda: calls.append(1) or torch.zeros(1, 1, 1)})  # type: ignore[func-returns-value]
+    visual = Visual(Layout.frames(1, 1, 1), 1, CPU, {"features": lambda: calls.append(1) or torch.zeros(1, 1, 1)})  # type: ignore[func-returns-value]
     assert visual.features is visual.features and calls == [1]

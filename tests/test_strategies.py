@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,24 +13,37 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
 from vtc.compressor import Compressor, available, parse, strategy
-from vtc.errors import SpecError, UnsupportedModelError
+from vtc.errors import SpecError
+from vtc.select import places, proportional, separators
 from vtc.selection import Selection
-from vtc.visual import Encoder, Layout, Visual
+from vtc.visual import Encoder, Layout, View, Visual
 from watch import Watch
 
 GRIDS = [(1, 1, 1), (1, 1, 2), (1, 3, 1), (1, 1, 17), (1, 5, 5), (1, 5, 7), (1, 7, 7)]
 CLIPS = [(2, 1, 1), (3, 2, 3), (5, 3, 3), (4, 5, 2)]
+LAYOUTS = {
+    "thumbnail and padded canvas": Layout(
+        57, (View(0, 3, 3), View(9, 6, 7, separators=1, crops=(2, 2), box=(0.125, 0.0, 0.875, 0.875)))
+    ),
+    "thumbnail and wide canvas": Layout(24, (View(0, 2, 2), View(4, 2, 9, separators=1, crops=(1, 4)))),
+    "canvas of the thumbnail's size": Layout(18, (View(0, 3, 3), View(9, 3, 3))),
+    "tiles": Layout(36, tuple(View(9 * tile, 3, 3) for tile in range(4))),
+    "clip and newline": Layout.frames(3, 2, 3, separators=1),
+    "clip of one frame and two separators": Layout.frames(1, 2, 3, separators=2, clip=True),
+    "clip with a newline after every row": Layout(24, tuple(View(8 * t, 2, 3, separators=1) for t in range(3)), True),
+}
 KINDS = ["gaussian", "bfloat16", "signs", "few signs", "zeros among signs"]
 CLIP_L = Encoder(depth=24, feature_layer=22, class_token=True)  # the tower of the papers
 
 
 def layout(grid: tuple[int, int, int]) -> Layout:
-    return Layout(math.prod(grid), grid)
+    return Layout.frames(*grid)
 
 
-def view(grid: tuple[int, int, int], features: Tensor, saliency: Tensor | None = None, tokens: int = 0) -> Visual:
+def view(grid: tuple[int, int, int] | Layout, features: Tensor, saliency: Tensor | None = None) -> Visual:
     loaders = {"features": lambda: features} | ({} if saliency is None else {"saliency": lambda: saliency})
-    return Visual(Layout(tokens or math.prod(grid), grid), features.shape[0], features.device, loaders)
+    sizes = grid if isinstance(grid, Layout) else layout(grid)
+    return Visual(sizes, features.shape[0], features.device, loaders)
 
 
 def draw_features(kind: str, tokens: int, batch: int = 2) -> Tensor:
@@ -351,11 +365,52 @@ def test_uniform_over_frames() -> None:
     assert [sum(i // 4 == frame for i in kept) for frame in range(5)] == [1, 2, 1, 2, 1]
 
 
-def test_uniform_without_a_grid_spreads_over_the_sequence() -> None:
-    """Ten tokens on a grid of nine: a separator, say."""
-    visual = view((1, 3, 3), torch.empty(2, 10, 0), tokens=10)
-    assert picked(parse("uniform:keep=3"), visual) == [[1, 5, 8]] * 2
-    assert picked(parse("uniform:keep=1.0"), visual) == [list(range(10))] * 2
+def reference_shares(total: int, sizes: list[int]) -> list[int]:
+    """Rounded down; one more for the largest remainders, one after the other, the first among equals."""
+    exact = [Fraction(total * size, sum(sizes)) for size in sizes]
+    parts = [math.floor(share) for share in exact]
+    while sum(parts) < total:
+        parts[max(range(len(sizes)), key=lambda i: (exact[i] - parts[i], -i))] += 1
+    return parts
+
+
+@pytest.mark.parametrize("sizes", [[1], [3, 3], [16, 40], [7, 1, 5], [4, 4, 4, 4, 4], [1, 100]])
+def test_proportional_shares(sizes: list[int]) -> None:
+    for total in range(sum(sizes) + 1):
+        shares = proportional(total, sizes)
+        assert shares == reference_shares(total, sizes) and sum(shares) == total
+        assert all(share <= size for share, size in zip(shares, sizes, strict=True))
+
+
+def without_separators(sizes: Layout) -> list[int]:
+    return [place for part in sizes.views for place in part.places()]
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
+def test_places_and_separators(sizes: Layout) -> None:
+    cells = without_separators(sizes)
+    assert places(sizes.views).tolist() == cells
+    assert separators(sizes).tolist() == sorted(set(range(sizes.tokens)) - set(cells))
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
+def test_uniform_over_views(sizes: Layout) -> None:
+    """Views share the budget, each is spread over on its own; separators come last of all."""
+    cells = without_separators(sizes)
+    rest = sorted(set(range(sizes.tokens)) - set(cells))
+    grids = [(part.rows, part.columns) for part in sizes.views]
+    for k in range(1, sizes.tokens + 1):
+        seen = min(k, len(cells))
+        if len(set(grids)) == 1:
+            kept = [cells[i] for i in reference_uniform((len(grids), *grids[0]), seen)]
+        else:
+            kept = []
+            for part, share in zip(sizes.views, reference_shares(seen, [h * w for h, w in grids]), strict=True):
+                if share:
+                    kept += [part.places()[i] for i in reference_uniform((1, part.rows, part.columns), share)]
+        expected = sorted(kept + rest[: k - seen])
+        assert len(set(expected)) == k
+        assert picked(strategy("uniform")(keep=k), view(sizes, torch.empty(2, sizes.tokens, 0))) == [expected] * 2
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, (1, 3, 8), (1, 12, 12), *CLIPS])
@@ -400,9 +455,43 @@ def test_pool_blocks_do_not_leak() -> None:
     assert pooled.isfinite().flatten().tolist() == [place != 4 for place in range(9)]
 
 
-def test_pool_needs_a_grid() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"10 tokens on a grid of 1 x 3 x 3.*'uniform'"):
-        parse("pool").budget(Layout(10, (1, 3, 3)))
+@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
+def test_pool_over_views(sizes: Layout) -> None:
+    """Views of one size are pooled like frames; views that differ share the budget and are pooled on their own."""
+    x = torch.randn(2, sizes.tokens, 4, generator=torch.Generator().manual_seed(0))
+    cells = without_separators(sizes)
+    grids = [(part.rows, part.columns) for part in sizes.views]
+    for k in range(1, len(cells) + 1):
+        if len(set(grids)) == 1:
+            t = min(len(grids), k)
+            kept = (t, *reference_fit(*grids[0], k // t))
+            volume = x.double()[:, cells].mT.unflatten(2, (len(grids), *grids[0]))
+            expected = adaptive_avg_pool3d(volume, kept).flatten(2).mT
+        else:
+            means = []
+            for part, share in zip(sizes.views, reference_shares(k, [h * w for h, w in grids]), strict=True):
+                if share:
+                    volume = x.double()[:, part.places()].mT.unflatten(2, (part.rows, part.columns))
+                    kept = reference_fit(part.rows, part.columns, share)
+                    means.append(adaptive_avg_pool2d(volume, kept).flatten(2).mT)
+            expected = torch.cat(means, dim=1)
+        compressor = strategy("pool")(keep=k)
+        selection = compressor.select(view(sizes, x))
+        assert compressor.budget(sizes) == selection.index.shape[1] == expected.shape[1] <= k
+        assert torch.allclose(selection.apply(x).double(), expected, atol=1e-6)
+        assert (selection.index.diff(dim=1) > 0).all()
+        assert (selection.matrix().gather(2, selection.index[..., None]) > 0).all()  # none of them on a separator
+
+
+@pytest.mark.parametrize("sizes", [sizes for sizes in LAYOUTS.values() if separators(sizes).numel()])
+def test_pool_keeps_separators_once_nothing_is_pooled(sizes: Layout) -> None:
+    x, cells = torch.randn(2, sizes.tokens, 4), without_separators(sizes)
+    rest = separators(sizes).tolist()
+    for k in range(len(cells) + 1, sizes.tokens + 1):
+        compressor, expected = strategy("pool")(keep=k), sorted(cells + rest[: k - len(cells)])
+        selection = compressor.select(view(sizes, x))
+        assert compressor.budget(sizes) == k and selection.index.tolist() == [expected] * 2
+        assert torch.equal(selection.apply(x), x[:, expected])
 
 
 # What holds for all of them
@@ -470,7 +559,7 @@ def test_ties_go_to_the_lowest_index(spec: str) -> None:
 @pytest.mark.parametrize("spec", ["random", "uniform", "fastervlm", "vtc-cls", "divprune", "todre"])
 def test_budget(spec: str, keep: float, tokens: int, count: int) -> None:
     """Halves round up, never to zero, never above the number of tokens."""
-    assert sized(spec, keep).budget(Layout(tokens, (1, 1, tokens))) == count
+    assert sized(spec, keep).budget(layout((1, 1, tokens))) == count
 
 
 @pytest.mark.parametrize("spec", ALL)
@@ -505,7 +594,7 @@ def test_only_declared_needs_are_read(spec: str) -> None:
     tensors = {"features": torch.randn(1, 25, 4), "saliency": torch.rand(1, 3, 25)}
     declared = {"features": {"features"}, "saliency": {"cls", "received"}}
     loaders = {name: (lambda x=x: x) for name, x in tensors.items() if declared[name] & compressor.needs}
-    compressor.select(Visual(Layout(25, (1, 5, 5)), 1, torch.device("cpu"), loaders))  # type: ignore[arg-type]
+    compressor.select(Visual(layout((1, 5, 5)), 1, torch.device("cpu"), loaders))  # type: ignore[arg-type]
 
 
 def test_the_guard_notices() -> None:

@@ -6,6 +6,7 @@ ever waited for. Ties go to the lowest index, on a CPU as on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vtc.kernels import density_peaks, dpp, k_center, max_sum, most_isolated
 from vtc.kernels.cosine import full_precision, unit
+from vtc.visual import Layout, View
 
 __all__ = [
     "centres",
@@ -24,6 +26,10 @@ __all__ = [
     "max_sum",
     "most_isolated",
     "others",
+    "places",
+    "proportional",
+    "rank",
+    "separators",
     "shuffled",
     "top_k",
     "unit",
@@ -38,6 +44,14 @@ def top_k(score: Tensor, k: int) -> Tensor:
     return score.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
+def rank(score: Tensor) -> Tensor:
+    """`(..., N)`: the place of each score among those of its row, 0 for the largest; ties go to the lowest index."""
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(order).scatter_(
+        -1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    )
+
+
 def centres(k: int, n: int, device: torch.device | None = None) -> Tensor:
     """`(k,)`: the middles of `k` equal parts of `n` places, `floor((u + 0.5) n / k)`; distinct while `k <= n`."""
     return (torch.arange(k, device=device) * 2 + 1) * n // max(2 * k, 1)
@@ -47,6 +61,31 @@ def others(index: Tensor, n: int) -> Tensor:
     """`(n - k,)`: the places in `[0, n)` that are not among the `k` distinct places `index`, ascending."""
     taken = torch.zeros(n, dtype=torch.uint8, device=index.device).index_fill_(0, index, 1)
     return taken.sort(stable=True).indices[: n - index.shape[0]]  # a sort, as `nonzero` waits for the device
+
+
+def places(views: Sequence[View], device: torch.device | None = None) -> Tensor:
+    """Numbers of the tokens of `views` in their visual input, without separators: view by view, in raster order."""
+    grids = [
+        torch.arange(view.start, view.stop, device=device).view(view.rows, -1)[:, : view.columns].flatten()
+        for view in views
+    ]
+    return torch.cat(grids)
+
+
+def separators(layout: Layout, device: torch.device | None = None) -> Tensor:
+    """Numbers of the tokens of `layout` that belong to no grid, such as newlines, ascending."""
+    return others(places(layout.views, device), layout.tokens)
+
+
+def proportional(total: int, sizes: Sequence[int]) -> list[int]:
+    """`total <= sum(sizes)` in whole parts proportional to `sizes`: rounded down, then the largest remainders get one
+    more each, the first among equals."""
+    whole = sum(sizes)
+    parts = [total * size // whole for size in sizes]
+    first = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
+    for i in first[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 def fit_grid(rows: int, columns: int, k: int) -> tuple[int, int]:

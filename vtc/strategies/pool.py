@@ -9,21 +9,25 @@ import torch
 from torch import Tensor
 
 from vtc.compressor import Compressor, register
-from vtc.errors import UnsupportedModelError
-from vtc.select import centres, fit_grid
+from vtc.select import centres, fit_grid, places, proportional, separators
 from vtc.selection import Selection
-from vtc.visual import Layout, Visual
+from vtc.visual import Layout, View, Visual
 
 
 @register("pool")
 @dataclass(kw_only=True)
 class Pool(Compressor):
-    """Average the tokens over an even grid of blocks: nothing is dropped, everything is blurred.
+    """Average the tokens over an even grid of blocks: nothing is picked, everything is blurred.
 
     Each frame of `H x W` tokens becomes the `h x w` of about the same aspect that fits into its share of the budget
     (`vtc.select.fit_grid`). Blocks are those of `torch.nn.functional.adaptive_avg_pool2d`, which overlap by a token
     where sizes do not divide. The budget is a ceiling here: `T h w` tokens survive, which can be somewhat fewer than
     `keep` asks for. With fewer tokens to keep than frames, neighbouring frames are averaged too.
+
+    Views that differ, such as a thumbnail and its canvas of crops, share the budget in proportion to their tokens, by
+    largest remainder, and each is pooled on its own; one whose share is nothing is dropped. Several tiles of one size
+    are treated like frames. Separators such as newlines are dropped, unless the budget has room for them after all
+    tokens that show something.
 
     The features that are averaged are the projected ones, which the language model would have received; pooling before
     the projector would feed it inputs of a kind that it never saw. A survivor stands in the middle of its block.
@@ -34,34 +38,67 @@ class Pool(Compressor):
     positions: Literal["original", "contiguous"] = "contiguous"
 
     def budget(self, layout: Layout) -> int:
-        frames, rows, columns = self._shape(layout)
-        return frames * rows * columns
+        count = super().budget(layout)
+        tokens = sum(view.rows * view.columns for view in layout.views)
+        if count > tokens:
+            return count
+        return sum(frames * rows * columns for _, (frames, rows, columns) in _plan(layout, count))
 
     def select(self, visual: Visual) -> Selection:
-        batch, device = visual.inputs, visual.device
-        anchor = torch.zeros(1, dtype=torch.long, device=device)  # (K,)
-        source = torch.zeros(1, 1, dtype=torch.long, device=device)  # (K, E / K)
-        weight = torch.ones(1, 1, device=device)  # (K, E / K)
-        for size, kept in zip(visual.layout.grid, self._shape(visual.layout), strict=True):
-            place, share = _windows(size, kept, device)  # (kept, window) each
-            anchor = (anchor[:, None] * size + centres(kept, size, device)).flatten()
-            source = (source[:, None, :, None] * size + place[:, None]).flatten(2).flatten(0, 1)
-            weight = (weight[:, None, :, None] * share[:, None]).flatten(2).flatten(0, 1)
-        slot = torch.arange(anchor.shape[0], device=device)[:, None].expand_as(source)
-        entries = (entry.flatten().expand(batch, -1) for entry in (slot, source, weight))
-        return Selection(anchor.expand(batch, -1), visual.layout.tokens, *entries)
+        layout, batch, device = visual.layout, visual.inputs, visual.device
+        count, cells = super().budget(layout), places(layout.views, device)
+        if count > len(cells):
+            index = torch.cat([cells, separators(layout, device)[: count - len(cells)]])
+            return Selection.keep(index.expand(batch, -1), layout.tokens)
+        anchors, slots, sources, weights = [], [], [], []
+        start = survivors = 0
+        for grid, kept in _plan(layout, count):
+            if kept[0]:
+                anchor, source, weight = _blocks(grid, kept, device)
+                slot = torch.arange(survivors, survivors + len(anchor), device=device)[:, None].expand_as(source)
+                anchors.append(start + anchor)
+                slots.append(slot.flatten())
+                sources.append(start + source.flatten())
+                weights.append(weight.flatten())
+                survivors += len(anchor)
+            start += grid[0] * grid[1] * grid[2]
+        index, source = cells[torch.cat(anchors)], cells[torch.cat(sources)]
+        entries = (entry.expand(batch, -1) for entry in (torch.cat(slots), source, torch.cat(weights)))
+        return Selection(index.expand(batch, -1), layout.tokens, *entries)
 
-    def _shape(self, layout: Layout) -> tuple[int, int, int]:
-        """`(frames, rows, columns)` that survive."""
-        frames, rows, columns = layout.grid
-        if frames * rows * columns != layout.tokens:
-            raise UnsupportedModelError(
-                f"pool needs tokens that fill a grid, but this input has {layout.tokens} tokens on a grid of "
-                f"{frames} x {rows} x {columns} (several crops, or separators); 'uniform' does without a grid"
-            )
-        count = super().budget(layout)
+
+Grid = tuple[int, int, int]  # frames, rows, columns
+
+
+def _plan(layout: Layout, count: int) -> list[tuple[Grid, Grid]]:
+    """What becomes of each grid of tokens: its size and the size that survives, together at most `count` tokens."""
+    frames, rows, columns = layout.grid
+    if frames == len(layout.views):
         kept = min(frames, count)
-        return kept, *fit_grid(rows, columns, count // kept)
+        return [(layout.grid, (kept, *fit_grid(rows, columns, count // kept)))]
+    shares = proportional(count, [view.rows * view.columns for view in layout.views])
+    return [(_grid(view), _fit(view, share)) for view, share in zip(layout.views, shares, strict=True)]
+
+
+def _grid(view: View) -> Grid:
+    return 1, view.rows, view.columns
+
+
+def _fit(view: View, share: int) -> Grid:
+    return (1, *fit_grid(view.rows, view.columns, share)) if share else (0, 0, 0)
+
+
+def _blocks(grid: Grid, kept: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The `K` blocks of one grid: where each stands `(K,)`, its places `(K, P)` and their shares in its mean."""
+    anchor = torch.zeros(1, dtype=torch.long, device=device)  # (K,)
+    source = torch.zeros(1, 1, dtype=torch.long, device=device)  # (K, P)
+    weight = torch.ones(1, 1, device=device)  # (K, P)
+    for size, blocks in zip(grid, kept, strict=True):
+        place, share = _windows(size, blocks, device)  # (blocks, window) each
+        anchor = (anchor[:, None] * size + centres(blocks, size, device)).flatten()
+        source = (source[:, None, :, None] * size + place[:, None]).flatten(2).flatten(0, 1)
+        weight = (weight[:, None, :, None] * share[:, None]).flatten(2).flatten(0, 1)
+    return anchor, source, weight
 
 
 def _windows(size: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:
