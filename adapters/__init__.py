@@ -15,6 +15,13 @@ from vtc.errors import UnsupportedModelError
 # Class of the module that holds encoder, projector and language model -> the adapter, imported only when needed.
 FAMILIES = {
     "LlavaModel": "vtc.adapters.llava.llava:LlavaAdapter",
+    "LlavaNextModel": "vtc.adapters.llava.llava_next:LlavaNextAdapter",
+    "LlavaNextVideoModel": "vtc.adapters.llava.llava_next_video:LlavaNextVideoAdapter",
+    "LlavaOnevisionModel": "vtc.adapters.llava.llava_onevision:LlavaOnevisionAdapter",
+    "Qwen2VLModel": "vtc.adapters.qwen2vl.qwen2vl:Qwen2VLAdapter",
+    "Qwen2_5_VLModel": "vtc.adapters.qwen2vl.qwen2_5vl:Qwen2_5VLAdapter",
+    "Qwen3VLModel": "vtc.adapters.qwen2vl.qwen2vl:Qwen3VLAdapter",
+    "InternVLModel": "vtc.adapters.internvl.internvl:InternVLAdapter",
 }
 
 
