@@ -1,13 +1,14 @@
 """FLOPs in closed form, from a Hugging Face config alone: no weights, no forward pass.
 
-The convention is `exact`: a multiply-add counts as two FLOPs, and exactly the matrix products that the model runs are
-counted, with the key and value projections of grouped-query attention at their true width and all three matrices of a
-gated feed-forward layer. Attention counts all `n x n` pairs, as dense implementations compute them; `causal=True`
-counts the lower triangle only. Norms, activations, softmax, rotary embeddings and embedding look-ups are left out; they
-are below one per cent, and `torch.utils.flop_counter` agrees within that per cent.
+A multiply-add is one MAC and two FLOPs; a `Count` gives both. The convention `exact` counts the matrix products that
+the model runs, with the key and value projections of grouped-query attention at their true width, all three matrices of
+a gated feed-forward layer, and the logits of one token. Attention counts all `n x n` pairs, as dense implementations
+compute them; `causal=True` counts the lower triangle only. Norms, activations, softmax, rotary embeddings and embedding
+look-ups are left out; they are below one per cent, and `torch.utils.flop_counter` agrees within that per cent.
 
-Published tables often use other conventions (multiply-adds instead of FLOPs, two feed-forward matrices, visual tokens
-without the text), so compare ratios with them, not values.
+Published tables count the language model by other conventions; `CONVENTIONS` has three of them, so that a table can be
+compared with its own kind. Encoder and projector are always counted as in `exact`. `vtc.eval.estimate` puts the parts
+of a whole prompt together.
 """
 
 from __future__ import annotations
@@ -19,13 +20,78 @@ from typing import Any
 
 import torch
 
-from vtc.errors import UnsupportedModelError
+from vtc.errors import UnsupportedModelError, VtcError, did_you_mean
 
 CONVENTION = "exact"
 # Decoders whose feed-forward layer has two matrices; all others have a third one for the gate.
 UNGATED = frozenset({"opt", "phi", "starcoder2"})
 # Names under which mixture-of-experts configs keep the number of experts.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Count:
+    """An amount of work.
+
+    Attributes:
+        macs: multiply-adds of matrix products.
+        other: element-wise operations; only the convention `llm_viewer` counts any.
+    """
+
+    macs: int = 0
+    other: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Two for each multiply-add."""
+        return 2 * self.macs + self.other
+
+    def __add__(self, more: Count) -> Count:
+        return Count(self.macs + more.macs, self.other + more.other)
+
+    def __mul__(self, times: int) -> Count:
+        return Count(self.macs * times, self.other * times)
+
+    def to_dict(self) -> dict[str, int]:
+        return {"macs": self.macs, "flops": self.flops}
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One way to count the work of a decoder."""
+
+    summary: str
+    prints: str  # what papers of this convention print under the name FLOPs
+    logits: bool  # whether one row of logits counts
+
+
+# n tokens, width d, feed-forward width m, H heads and G key heads.
+CONVENTIONS = {
+    "exact": Convention("the matrix products that the model runs", "flops", logits=True),
+    "fastv": Convention(
+        "4 n d² + 2 n² d + 2 n d m per layer: as if without grouped queries and gate, no logits", "macs", logits=False
+    ),
+    "three_matrix": Convention(
+        "4 n d² + 2 n² d + 3 n d m per layer: as if without grouped queries, no logits", "macs", logits=False
+    ),
+    "llm_viewer": Convention(
+        "2 n (2 d² + 2 d² G/H + 3 d m) + 4 n² d + 5 H n² + 18 n d per layer: with softmax, norms and sums",
+        "flops",
+        logits=True,
+    ),
+}
+
+
+def convention_of(name: str) -> Convention:
+    """Look a convention up."""
+    if name not in CONVENTIONS:
+        raise VtcError(
+            f"unknown convention '{name}'{did_you_mean(name, CONVENTIONS)}; there are {', '.join(CONVENTIONS)}"
+        )
+    return CONVENTIONS[name]
+
+
+# ------------------------------------------------------------------------------------------------------ language model
 
 
 @dataclass(frozen=True)
@@ -61,82 +127,193 @@ class Decoder:
             vocabulary=config.vocab_size,
         )
 
-    @property
-    def weights_per_layer(self) -> int:
-        """Entries of the matrices that each token is multiplied with in one layer."""
-        projections = 2 * self.width * self.head_width * (self.heads + self.key_heads)  # q and o, k and v
-        return projections + self.matrices * self.width * self.inner
-
-    def layer(self, queries: int, pairs: int) -> int:
-        """FLOPs of one layer on `queries` tokens that look at `pairs` keys in all."""
+    def layer(self, queries: int, pairs: int, convention: str = CONVENTION) -> Count:
+        """One layer on `queries` tokens that look at `pairs` keys in all."""
+        width, inner, attended = self.width, self.inner, self.heads * self.head_width
+        projections = 2 * width * self.head_width * (self.heads + self.key_heads)  # q and o, k and v
         # Two products per pair: query with key, probability with value.
-        return 2 * queries * self.weights_per_layer + 2 * 2 * pairs * self.heads * self.head_width
+        if convention == "fastv":
+            return Count(queries * (4 * width**2 + 2 * width * inner) + 2 * pairs * width)
+        if convention == "three_matrix":
+            return Count(queries * (4 * width**2 + 3 * width * inner) + 2 * pairs * width)
+        macs = queries * (projections + self.matrices * width * inner) + 2 * pairs * attended
+        if convention == "llm_viewer":
+            # Softmax; then per token two norms of 7 operations, two residual sums, and an activation of 2.
+            return Count(macs, other=5 * self.heads * pairs + queries * width * (2 * 7 + 2 * 1 + 2))
+        return Count(macs)
+
+    def each(self, lengths: int | Sequence[int], what: str) -> list[int]:
+        """One length per layer."""
+        each = [lengths] * self.layers if isinstance(lengths, int) else list(lengths)
+        if len(each) != self.layers:
+            raise ValueError(f"{what} lists {len(each)} lengths for {self.layers} layers")
+        return each
 
 
-def prefill_flops(
-    text_config: Any, tokens: int | Sequence[int], *, lm_head_tokens: int = 1, causal: bool = False
-) -> int:
-    """FLOPs of a decoder that reads a prompt.
+def prefill(
+    text_config: Any,
+    tokens: int | Sequence[int],
+    *,
+    convention: str = CONVENTION,
+    causal: bool = False,
+    lm_head_tokens: int | None = None,
+) -> Count:
+    """Work of a decoder that reads a prompt.
 
     Args:
         text_config: the config of the language model.
         tokens: length of the sequence, text included: one number, or one per layer if layers see different lengths.
-        lm_head_tokens: number of tokens whose logits are computed; generation needs one.
-        causal: count only the pairs a causal mask leaves, as implementations do that skip the others.
+        convention: one of `CONVENTIONS`.
+        causal: count only the pairs a causal mask leaves, as implementations do that skip the others; `exact` only.
+        lm_head_tokens: number of tokens whose logits are computed; generation needs one, which is the default of
+            conventions that count logits. The others have none.
     """
-    decoder = Decoder.of(text_config)
-    lengths = [tokens] * decoder.layers if isinstance(tokens, int) else list(tokens)
-    if len(lengths) != decoder.layers:
-        raise ValueError(f"tokens lists {len(lengths)} lengths for {decoder.layers} layers")
-    layers = sum(decoder.layer(n, n * (n + 1) // 2 if causal else n * n) for n in lengths)
-    return layers + 2 * lm_head_tokens * decoder.width * decoder.vocabulary
+    decoder, logits = Decoder.of(text_config), convention_of(convention).logits
+    if causal and convention != CONVENTION:
+        raise VtcError(f"convention {convention} counts all pairs of tokens; a causal count is only defined for exact")
+    total = Count(int(logits if lm_head_tokens is None else lm_head_tokens) * decoder.width * decoder.vocabulary)
+    for n in decoder.each(tokens, "tokens"):
+        total += decoder.layer(n, n * (n + 1) // 2 if causal else n * n, convention)
+    return total
 
 
-def decode_flops(text_config: Any, context: int | Sequence[int]) -> int:
-    """FLOPs of generating one token that looks at `context` keys, itself included: one number, or one per layer."""
-    decoder = Decoder.of(text_config)
-    contexts = [context] * decoder.layers if isinstance(context, int) else list(context)
-    if len(contexts) != decoder.layers:
-        raise ValueError(f"context lists {len(contexts)} lengths for {decoder.layers} layers")
-    return sum(decoder.layer(1, keys) for keys in contexts) + 2 * decoder.width * decoder.vocabulary
+def decode(text_config: Any, context: int | Sequence[int], *, convention: str = CONVENTION) -> Count:
+    """Work of generating one token that looks at `context` keys, itself included: one number, or one per layer."""
+    decoder, logits = Decoder.of(text_config), convention_of(convention).logits
+    total = Count(int(logits) * decoder.width * decoder.vocabulary)
+    for keys in decoder.each(context, "context"):
+        total += decoder.layer(1, keys, convention)
+    return total
+
+
+def prefill_flops(
+    text_config: Any,
+    tokens: int | Sequence[int],
+    *,
+    lm_head_tokens: int | None = None,
+    causal: bool = False,
+    convention: str = CONVENTION,
+) -> int:
+    """FLOPs of a decoder that reads a prompt; arguments as for `prefill`."""
+    count = prefill(text_config, tokens, convention=convention, causal=causal, lm_head_tokens=lm_head_tokens)
+    return count.flops
+
+
+def decode_flops(text_config: Any, context: int | Sequence[int], *, convention: str = CONVENTION) -> int:
+    """FLOPs of generating one token; arguments as for `decode`."""
+    return decode(text_config, context, convention=convention).flops
 
 
 def kv_cache_bytes(text_config: Any, tokens: int | Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one sequence; `tokens` as for `prefill_flops`."""
+    """Bytes of keys and values of one sequence; `tokens` as for `prefill`."""
     decoder = Decoder.of(text_config)
     entries = tokens * decoder.layers if isinstance(tokens, int) else sum(tokens)
     return entries * 2 * decoder.key_heads * decoder.head_width * dtype.itemsize
 
 
-def encoder_flops(vision_config: Any, *, images: int = 1, layers: int | None = None) -> int:
-    """FLOPs of a CLIP or SigLIP tower.
+# --------------------------------------------------------------------------------------------- encoder and projector
+
+PACKED = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision")
+
+
+def encoder(
+    vision_config: Any,
+    *,
+    images: int = 1,
+    layers: int | None = None,
+    grid: tuple[int, int, int] | None = None,
+) -> Count:
+    """Work of a vision tower, without its projector.
 
     Args:
-        vision_config: `CLIPVisionConfig` or `SiglipVisionConfig`.
-        images: number of images, or of crops.
+        vision_config: of a CLIP, SigLIP or InternVL tower, which looks at views of one size, or of a Qwen2-VL, -2.5-VL
+            or -3-VL tower, which looks at a grid of patches.
+        images: number of images, crops or frames; for Qwen, of inputs with this grid.
         layers: number of layers that run; `None` for all, with SigLIP's pooling head if it has one.
+        grid: for Qwen, frames, rows and columns of visual tokens; a token is a square of patches.
     """
+    if vision_config.model_type in PACKED:
+        if grid is None:
+            raise VtcError(f"{vision_config.model_type} looks at a grid: give frames, rows and columns of tokens")
+        return _packed_encoder(vision_config, grid, layers) * images
     width, inner = vision_config.hidden_size, vision_config.intermediate_size
-    patches = (vision_config.image_size // vision_config.patch_size) ** 2
+    patches = per_edge(vision_config) ** 2
     siglip = "siglip" in vision_config.model_type
-    tokens = patches + (0 if siglip else 1)  # CLIP's class token
-    depth = vision_config.num_hidden_layers
-    run = depth if layers is None else layers
-    embed = 2 * patches * vision_config.num_channels * vision_config.patch_size**2 * width
-    layer = 2 * tokens * (4 * width**2 + 2 * width * inner) + 2 * 2 * tokens**2 * width
-    total = embed + run * layer
+    tokens = patches + (0 if siglip else 1)  # the class token of CLIP and InternVL
+    run = vision_config.num_hidden_layers if layers is None else layers
+    total = patches * vision_config.num_channels * _edge(vision_config.patch_size) ** 2 * width
+    total += run * (tokens * (4 * width**2 + 2 * width * inner) + 2 * tokens**2 * width)
     if siglip and layers is None and getattr(vision_config, "vision_use_head", True):
         # One learnt query looks at all tokens: q and o for one token, k and v for all, then an MLP on one token.
-        total += 2 * (2 * width**2 + tokens * 2 * width**2) + 2 * 2 * tokens * width + 2 * 2 * width * inner
-    return images * total
+        total += 2 * width**2 + tokens * 2 * width**2 + 2 * tokens * width + 2 * width * inner
+    return Count(total * images)
+
+
+def _packed_encoder(config: Any, grid: tuple[int, int, int], layers: int | None) -> Count:
+    """Work of a Qwen tower on one image or clip; patches look at the patches of their own frame, or window."""
+    frames, rows, columns = grid[0], grid[1] * config.spatial_merge_size, grid[2] * config.spatial_merge_size
+    width = getattr(config, "embed_dim", None) or config.hidden_size
+    inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else config.intermediate_size
+    matrices = 3 if config.model_type == "qwen2_5_vl_vision" else 2
+    depth = config.depth if layers is None else layers
+    patches, everything = frames * rows * columns, frames * (rows * columns) ** 2
+    pairs = depth * everything
+    if config.model_type == "qwen2_5_vl_vision":
+        unit = config.spatial_merge_size * _edge(config.patch_size)
+        side = config.window_size // unit * config.spatial_merge_size  # of a window, in patches
+        within = frames * _squares(rows, side) * _squares(columns, side)
+        full = sum(index < depth for index in config.fullatt_block_indexes)
+        pairs = full * everything + (depth - full) * within
+    embed = config.in_channels * config.temporal_patch_size * _edge(config.patch_size) ** 2 * width
+    layer = 4 * width**2 + matrices * width * inner
+    return Count(patches * (embed + depth * layer) + 2 * pairs * width)
+
+
+def _squares(length: int, side: int) -> int:
+    """Sum of squares of the lengths of windows of `side` that cover `length`; the last may be shorter."""
+    return length // side * side**2 + (length % side) ** 2
+
+
+def projector(config: Any, tokens: int) -> Count:
+    """Work of the projector, from the config of the whole model.
+
+    Args:
+        config: of a LLaVA of any kind, an InternVL or a Qwen-VL.
+        tokens: number of rows that it computes. LLaVA-OneVision pools a clip's tokens only after the projector.
+    """
+    vision = config.vision_config
+    if vision.model_type in PACKED:
+        width = (getattr(vision, "embed_dim", None) or vision.hidden_size) * vision.spatial_merge_size**2
+        out = vision.hidden_size if vision.model_type == "qwen2_vl_vision" else vision.out_hidden_size
+        mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+        return Count(mergers * tokens * (width * width + width * out))
+    levels = getattr(config, "vision_feature_layer", -1)
+    width = vision.hidden_size * (1 if isinstance(levels, int) else len(levels))
+    if hasattr(config, "downsample_ratio"):  # pixels of a square become one row
+        width *= int(1 / config.downsample_ratio) ** 2
+    out = config.text_config.hidden_size
+    return Count(tokens * (width * out + out * out))
+
+
+def encoder_flops(
+    vision_config: Any, *, images: int = 1, layers: int | None = None, grid: tuple[int, int, int] | None = None
+) -> int:
+    """FLOPs of a vision tower; arguments as for `encoder`."""
+    return encoder(vision_config, images=images, layers=layers, grid=grid).flops
 
 
 def projector_flops(config: Any, tokens: int) -> int:
-    """FLOPs of the two-layer projector of a LLaVA, from the config of the whole model; `tokens` visual tokens."""
-    levels = config.vision_feature_layer
-    width = config.vision_config.hidden_size * (1 if isinstance(levels, int) else len(levels))
-    out = config.text_config.hidden_size
-    return 2 * tokens * (width * out + out * out)
+    """FLOPs of the projector; arguments as for `projector`."""
+    return projector(config, tokens).flops
+
+
+def _edge(size: int | Sequence[int]) -> int:
+    return size if isinstance(size, int) else size[0]
+
+
+def per_edge(vision_config: Any) -> int:
+    """Patches along the edge of one view."""
+    return _edge(vision_config.image_size) // _edge(vision_config.patch_size)
 
 
 def human(count: float) -> str:
