@@ -124,7 +124,7 @@ def settings(options: Options) -> list[Setting]:
         raise SpecError("--keep names no budget: give at least one, for example 0.25")
     specs = options.specs or tuple(name for name in available() if name != "none")
     asked = [one for spec in specs for one in _expand(spec, options.keeps, options.seed)]
-    keeps = _distinct([one.keep for one in asked]) or options.keeps
+    keeps = _distinct([one.keep for one in asked if one.keep]) or options.keeps  # baselines keep something
     usual = [one for name in BASELINES for one in _expand(name, keeps, options.seed)]
     found: dict[str, Setting] = {}
     for compressor in [*asked, *usual]:
@@ -137,9 +137,12 @@ def settings(options: Options) -> list[Setting]:
 
 
 def budgets(spec: str, keeps: Sequence[int | float]) -> list[Compressor]:
-    """One compressor per budget, or the one that `spec` asks for itself; without `keeps`, the strategy's default."""
+    """One compressor per budget, or the one that `spec` asks for itself; without `keeps`, the strategy's default.
+
+    A strategy that by default keeps nothing has no budget to vary.
+    """
     compressor = parse(spec)
-    if "keep" in _named(spec) or not keeps:
+    if "keep" in _named(spec) or not keeps or compressor.keep == 0:
         return [compressor]
     return [replace(compressor, keep=keep) for keep in keeps]
 

@@ -305,6 +305,12 @@ def test_without_specs_all_strategies_run() -> None:
     assert names == {*vtc.available(), "blind"}
 
 
+def test_a_strategy_that_keeps_nothing_runs_once_and_no_baseline_follows_it() -> None:
+    found = specs(specs=("todre-inner", "todre-inner:tau=0.1"), keeps=(0.5, 2))
+    assert found[2:4] == ["todre-inner:keep=0", "todre-inner:keep=0,tau=0.1"]
+    assert {spec.partition("keep=")[2].partition(",")[0] for spec in found[4:]} == {"0.5", "2"}
+
+
 def test_positions_override_reaches_every_compressor() -> None:
     for word in ("original", "contiguous"):
         plan = bench.settings(bench.Options(specs=("fastervlm",), positions=word))  # type: ignore[arg-type]
