@@ -126,21 +126,6 @@ class AnyResAdapter(TowerAdapter):
             out.append((part.flatten()[index] * weight).sum(1))
         return out
 
-    def features(self, modality: str, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
-        """The projected features of each visual input, `(N_i, D)`, from what `get_image_features` or
-        `get_video_features` returned.
-
-        In transformers 5.17 a clip's frames still lie apart, and its separator comes later.
-        """
-        out = []
-        for feature, layout in zip(output.pooler_output, layouts, strict=True):
-            flat = feature.flatten(0, -2)
-            missing = layout.tokens - len(flat)
-            if missing:
-                flat = torch.cat([flat, self.multimodal.image_newline.to(flat).expand(missing, -1)])
-            out.append(flat)
-        return out
-
     # ------------------------------------------------------------------------------------------- finding the way
 
     def _views(self, height: int, width: int) -> int:
