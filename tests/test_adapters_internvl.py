@@ -31,8 +31,13 @@ def shared(attention: str = "sdpa", norm: bool = False) -> Any:
 
 
 def make(feature_layer: int | list[int] = -1, strategy: str = "default", **vision: Any) -> Any:
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+    text: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+    }
     config = InternVLConfig(
         vision_config={**size, "image_size": [PATCH * SIDE] * 2, "patch_size": [PATCH] * 2, **vision},
         text_config=Qwen2Config(**text, num_attention_heads=2, num_key_value_heads=1).to_dict(),
@@ -130,7 +135,7 @@ def reference(layer: int, kind: str, norm: bool, arguments: dict[str, Tensor]) -
     encode(adapter, arguments)
     handle.remove()
 
-    def heads(projection: nn.Linear, scale: nn.Module) -> Tensor:
+    def heads(projection: Any, scale: Any) -> Tensor:
         x = taken[0].double() @ projection.weight.double().T
         x = x if projection.bias is None else x + projection.bias.double()
         if norm:

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -46,8 +47,8 @@ def shared(family: str, attention: str = "sdpa") -> Any:
 
 
 def make(family: str, attention: str = "sdpa", whole: tuple[int, ...] = (1, 3)) -> Any:
-    size = {"depth": 4, "num_heads": HEADS, "patch_size": PATCH}
-    text = {
+    size: dict[str, Any] = {"depth": 4, "num_heads": HEADS, "patch_size": PATCH}
+    text: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 32,
         "num_hidden_layers": 1,
@@ -56,7 +57,12 @@ def make(family: str, attention: str = "sdpa", whole: tuple[int, ...] = (1, 3)) 
         "vocab_size": 64,
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
     }
-    ids = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+    ids: dict[str, Any] = {
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "vision_start_token_id": 7,
+        "vision_end_token_id": 8,
+    }
     if family == "qwen2vl":
         vision = {**size, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
         model: Any = Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=vision, text_config=text, **ids))
@@ -178,6 +184,22 @@ def test_tokens_stand_where_their_patches_stand(family: str) -> None:
     assert hit == [(number, token)]
 
 
+def test_views_are_grids_of_the_picture() -> None:
+    """One bright square in a picture, cut into patches by the processor, is the token at its row and column."""
+    image = pytest.importorskip("PIL.Image")
+    processor = Qwen2VLImageProcessorPil(patch_size=PATCH)
+    adapter = adapters.find(shared("qwen2vl"))
+    rows, columns, edge = 4, 6, 2 * PATCH
+    for row, column in ((2, 5), (0, 3), (3, 0)):
+        picture = torch.zeros(rows * edge, columns * edge, 3, dtype=torch.uint8)
+        picture[row * edge : (row + 1) * edge, column * edge : (column + 1) * edge] = 255
+        made = processor(image.fromarray(picture.numpy()), return_tensors="pt", do_resize=False)
+        layouts = adapter.layouts("image", made)
+        scores = adapter.token_rows("image", made["pixel_values"].mean(1), layouts)[0]
+        assert layouts[0].views[0].places()[row * columns + column] == int(scores.argmax())
+        assert layouts[0].grid == (1, rows, columns)
+
+
 def reference(family: str, modality: str, layer: int, arguments: dict[str, Tensor]) -> list[Tensor]:
     """Scores of tokens in float64, from the hidden states that enter a layer; attention maps are made as a whole."""
     visual = shared(family, "eager").model.visual
@@ -249,9 +271,9 @@ def test_layers_with_windows_are_refused() -> None:
     adapter = adapters.find(shared("qwen2_5vl"))
     with pytest.raises(UnsupportedModelError, match="layer 2 .* whole frame: 1, 3"):
         adapter.attention(2)
-    early = adapters.find(make("qwen2_5vl", whole=(0, 2)))
+    early: Any = adapters.find(make("qwen2_5vl", whole=(0, 2)))
     assert early.encoder_info == vtc.Encoder(depth=4, feature_layer=2, class_token=False)
-    assert early.attention(2).module is early.encoder.blocks[2].attn  # type: ignore[index,union-attr]
+    assert early.attention(2).module is early.encoder.blocks[2].attn
 
 
 @every_family
@@ -259,7 +281,7 @@ def test_there_is_no_class_token_to_read(family: str) -> None:
     attention = adapters.find(shared(family)).attention(3)
     for kind in ("cls", "logits"):
         with pytest.raises(vtc.VtcError, match="no class token"):
-            Tap(attention, kind)  # type: ignore[arg-type]
+            Tap(attention, kind)
 
 
 @every_family
