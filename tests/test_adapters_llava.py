@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from vtc import adapters
@@ -128,6 +130,16 @@ def received(model: Any, token: int, given: dict[str, Tensor], layouts: list[Lay
 def with_class_token(adapter: Adapter, patches: Tensor) -> Tensor:
     """Encoder rows `(P, S)` of patches `(P, side * side)`: a class token, if there is one, comes first."""
     return pad(patches, (1, 0), value=1e6) if adapter.encoder_info.class_token else patches
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from one device or type to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
 
 
 def places(layout: Layout) -> list[int]:
@@ -408,6 +420,13 @@ def test_scores_of_clips_go_the_way_of_features(name: str) -> None:
         torch.testing.assert_close(torch.stack(rows)[:, : pooled.shape[1]], pooled[..., column])
 
 
+def test_frames_pooled_to_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and columns come out of the model's own pooling, whatever it is."""
+    model, adapted = make("onevision"), adapter("onevision")
+    monkeypatch.setattr(model.model, "apply_pooling", lambda x: x.unflatten(1, (4, 2, 2)).mean(3).flatten(1, 2))
+    assert adapted.layouts("video", clips(model))[0] == Layout.frames(FRAMES, 4, 2, 1, clip=True)
+
+
 def test_a_clip_of_one_frame_is_a_clip() -> None:
     (layout,) = adapter("onevision").layouts("video", {"pixel_values_videos": noise(1, 1, 3, 56, 56)})
     assert layout == Layout(5, (View(0, 2, 2),), clip=True)
@@ -453,6 +472,22 @@ def test_scores_of_images_are_mapped_without_waiting(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("name", ["next", "onevision"])
+def test_the_way_of_patches_moves_to_the_device_once(name: str) -> None:
+    """On the meta device, which takes copies like any other."""
+    model, adapted = make(name), adapter(name)
+    layouts = adapted.layouts("image", images(model, SIZES[3:5]))
+    rows = noise(sum(1 + math.prod(crops_of(model, size)) for size in SIZES[3:5]), adapted.side**2)
+    rows = with_class_token(adapted, rows).to("meta")
+    copies = []
+    for _ in range(2):
+        with Copies() as watch:
+            adapted.token_rows("image", rows, layouts)
+        copies.append(watch.count)
+    assert copies[0] > 0
+    assert copies[1] == 0
+
+
 @pytest.mark.parametrize("name", VIDEO)
 def test_scores_of_clips_are_mapped_without_waiting(name: str) -> None:
     model, adapted = make(name), adapter(name)
@@ -479,16 +514,23 @@ def test_a_convolution_over_frames_is_refused() -> None:
         adapters.find(transformers.LlavaNextVideoModel(config))
 
 
-@pytest.mark.parametrize("change", ["no-newlines", "flipped", "thumbnail-last"])
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "no-newlines": lambda tokens: torch.cat([tokens[:16], tokens[16:].unflatten(0, (-1, 9))[:, :-1].flatten(0, 1)]),
+    "newlines-first": lambda tokens: torch.cat([tokens[:16], tokens[16:].roll(1, 0)]),
+    "thumbnail-last": lambda tokens: tokens.roll(-16, 0),
+    "thumbnail-flipped": lambda tokens: torch.cat([tokens[:16].flip(0), tokens[16:]]),
+    "thumbnail-twice": lambda tokens: torch.cat([tokens[:17], tokens[:1], tokens[18:]]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_packing_is_refused(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, adapted = make("next"), adapter("next")
     real = model.model.pack_image_features
 
-    def pack(features: Any, sizes: Any, select: str, image_newline: Tensor) -> Any:
-        if change == "no-newlines":
-            return real(features, sizes, select, None)
-        packed, lengths = real(features, sizes, select, image_newline)
-        return [item.flip(0) if change == "flipped" else item.roll(-16, 0) for item in packed], lengths
+    def pack(*args: Any, **kwargs: Any) -> Any:
+        packed, lengths = real(*args, **kwargs)
+        return [CHANGES[change](tokens) for tokens in packed], lengths
 
     monkeypatch.setattr(model.model, "pack_image_features", pack)
     with pytest.raises(UnsupportedModelError, match="does not pack an image"):
