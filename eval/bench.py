@@ -172,7 +172,7 @@ def _distinct(values: Sequence[Any]) -> list[Any]:
 def sizes(model: Any, setting: Setting, inputs: dict[str, torch.Tensor]) -> Sizes:
     """Run one prompt, to see that the setting works on this model and what it does to the lengths."""
     adapter = adapters.find(model)
-    before = int(adapter.placeholders(inputs["input_ids"], None).sum())
+    before = sum(int(mask.sum()) for mask in adapter.placeholders(inputs["input_ids"], None).values())
     with setting.on(model) as session:
         run = latency.run(model, inputs)
         report = None if session is None else session.last

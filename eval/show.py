@@ -60,7 +60,7 @@ def show(
         if report is None:
             raise RuntimeError(f"{spec}: the model was called, but no visual input was seen")
         ratio = report.prefill_flops / report.prefill_flops_full
-        panels.append(picture.draw(original, report.grids[0], report.kept[0], report.sources[0], fit))
+        panels.append(report.show(original, fit=fit))
         kept = f"{report.tokens_out} of {report.tokens_in} tokens, {ratio:.2f}x prefill FLOPs"
         captions.append(f"{spec}\n{kept}\n{answers[spec]}")
     out.parent.mkdir(parents=True, exist_ok=True)

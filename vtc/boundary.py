@@ -7,15 +7,16 @@ left, on top of `P` tokens that the cache holds.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
-from vtc.cache import CacheState
-from vtc.choice import Choice
+from vtc.cache import CacheState, Part
+from vtc.choice import Group
 from vtc.errors import VtcError
 
 PREPARED = "a prepared 4-D attention mask cannot continue a compressed cache; pass a 2-D mask"
@@ -61,6 +62,11 @@ class Shrink:
         back = length - running[:, -1:] + running - 1
         return cls(index, kept.gather(1, index), back.clamp_(min=0))
 
+    def follow(self, places: Tensor) -> Tensor:
+        """Where the survivors among the flat places (row times `S` plus column) stand afterwards."""
+        size, length = self.back.shape[1], self.index.shape[1]
+        return torch.div(places, size, rounding_mode="floor") * length + self.back.flatten()[places]
+
     def take(self, x: Tensor) -> Tensor:
         """Rows of `(B, S, D)` that stay: `(B, K, D)`."""
         return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
@@ -88,128 +94,245 @@ class Shrink:
         return out if beyond <= 0 else nn.functional.pad(out, (0, mask.shape[3] - out.shape[3]), value=off)
 
     def put_back(self, x: Tensor) -> Tensor:
-        """`(B, K, D)` to `(B, S, D)`. A dropped place repeats the survivor before it, whose next token is the same."""
-        return x.gather(1, self.back[..., None].expand(-1, -1, x.shape[-1]))
+        """`(B, K, D)` to `(B, S, D)`."""
+        return put_back(x, self.back)
 
 
 @dataclass(frozen=True)
-class Shrunk:
-    """A shortened call: the arguments for the language model, the true positions, and what must be remembered."""
+class Stretch:
+    """Decoder layers that see the same tokens in this call.
 
-    arguments: dict[str, Any]
-    shrink: Shrink
-    positions: Tensor  # (..., B, K)
-    state: CacheState
-
-
-def shrink_call(
-    arguments: Mapping[str, Any],
-    choice: Choice,
-    place: Tensor,
-    state: CacheState | None,
-    numbering: Literal["original", "contiguous"],
-) -> Shrunk:
-    """Shorten a call of the language model.
-
-    Args:
-        arguments: its arguments by name, `inputs_embeds` `(B, S, D)` among them.
-        choice: which visual tokens stay.
-        place: `(B, S)` bool, where the visual tokens stand.
-        state: of the cache that comes with the call, if a compressed call filled it.
-        numbering: what happens to positions.
+    Attributes:
+        first: the first of the layers.
+        past: number of tokens their cache held before the call, `P`.
+        held: `(B, P)` bool, which of these are real; `None` if all are.
+        now: `(B, K)` bool, which tokens of the call are real; `None` if all are.
+        numbers: `(..., B or 1, K)` int64, positions of the tokens of the call as the model numbers them.
+        earlier: `(B, 1)` int64, how far tokens dropped by earlier calls move positions up; `None` if they do not.
+        up: `(B, K)` int64, how far tokens dropped in this call move each position up; `None` if they do not.
+        total: `(B, 1)` int64, the same for what follows this call.
+        back, index: as in `Shrink`, for all tokens of the call; `None` if none was dropped so far.
+        dropped: how many tokens of the text these layers do not hold, this call included.
     """
-    if arguments.get("output_attentions"):
-        raise VtcError("a compressed call has no attention maps of the full length: call without output_attentions")
-    embeds: Tensor = arguments["inputs_embeds"]
+
+    first: int
+    past: int
+    held: Tensor | None
+    now: Tensor | None
+    numbers: Tensor
+    earlier: Tensor | None
+    dropped: int
+    up: Tensor | None = None
+    total: Tensor | None = None
+    back: Tensor | None = None
+    index: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """`K`."""
+        return self.numbers.shape[-1]
+
+    @property
+    def positions(self) -> Tensor:
+        """`(..., B or 1, K)`: what the tokens are rotated by."""
+        positions = self.numbers
+        for shift in (self.earlier, self.up):
+            positions = positions if shift is None else positions - shift
+        return positions
+
+    @property
+    def renumbered(self) -> bool:
+        """Whether positions are not those that the model gives."""
+        return self.earlier is not None or self.up is not None
+
+    def mask(self, batch: int) -> Tensor | None:
+        """`(B, P + K)` bool: which entries of these layers' cache are real after the call; `None` if all are."""
+        if self.now is None and self.held is None:
+            return None
+        device = self.numbers.device
+        return torch.cat(
+            [_ones(self.held, batch, self.past, device), _ones(self.now, batch, self.length, device)], dim=1
+        )
+
+    def part(self, batch: int) -> Part:
+        """What these layers' cache must remember after the call."""
+        shift = self.total if self.earlier is None else self.earlier
+        if self.earlier is not None and self.total is not None:
+            shift = self.earlier + self.total
+        return Part(self.first, self.dropped, self.mask(batch), shift)
+
+    def cut(self, shrink: Shrink, kept: Tensor, numbering: Literal["original", "contiguous"]) -> Stretch:
+        """What is left of these tokens after `shrink`.
+
+        Args:
+            shrink: which tokens stay.
+            kept: `(B, K)` bool, `False` for dropped tokens, not for padding.
+            numbering: what happens to positions.
+        """
+        up, total = self.up, self.total
+        if up is not None:
+            up = shrink.take_last(up)
+        if numbering == "contiguous":
+            gone = (~kept).cumsum(1)  # (B, K)
+            up = shrink.take_last(gone) if up is None else up + shrink.take_last(gone)
+            total = gone[:, -1:] if total is None else total + gone[:, -1:]
+        padded = kept.shape[0] > 1
+        now = shrink.valid if padded else None
+        if self.now is not None:
+            now = shrink.take_last(self.now) if now is None else now & shrink.take_last(self.now)
+        return replace(
+            self,
+            now=now,
+            numbers=shrink.take_last(self.numbers),
+            up=up,
+            total=total,
+            back=shrink.back if self.back is None else shrink.back.gather(1, self.back),
+            index=shrink.index if self.index is None else self.index.gather(1, shrink.index),
+            dropped=self.dropped + shrink.back.shape[1] - shrink.index.shape[1],
+        )
+
+    def enter(self, first: int, state: CacheState | None) -> Stretch:
+        """The same tokens in front of layer `first`, where the cache may hold less of earlier calls."""
+        if state is None:
+            return replace(self, first=first)
+        before, part = state.part(self.first), state.part(first)
+        return replace(
+            self,
+            first=first,
+            past=state.length - part.dropped,
+            held=part.mask,
+            earlier=part.shift,
+            dropped=self.dropped - before.dropped + part.dropped,
+        )
+
+    def floor(self, length: int) -> Tensor:
+        """0-dimensional int64: up to which length of the text, `length` before the call, these layers lack tokens."""
+        if self.index is None or self.back is None:
+            return torch.full((), length, device=self.numbers.device)
+        batch, size = self.back.shape
+        filled = torch.ones_like(self.index) if self.now is None else self.now.long()
+        kept = torch.zeros_like(self.back).scatter_(1, self.index, filled)
+        place = torch.arange(1, size + 1, device=kept.device)
+        return length + ((1 - kept) * place).amax()
+
+
+def open_stretch(arguments: Mapping[str, Any], state: CacheState | None) -> Stretch:
+    """All tokens of a call of the language model, in front of its first layer.
+
+    `arguments` are those of the call by name, `state` is that of the cache among them.
+    """
+    reference = _reference(arguments)
+    size, device = reference.shape[1], reference.device
     mask = arguments.get("attention_mask")
-    past = _past(arguments, state)
-    batch, size, _ = embeds.shape
-
-    place = place.to(embeds.device)
-    kept = _write(torch.ones_like(place), place, choice.kept)  # (B, S)
-    visual_kept = kept & place
-    real = _real(mask, size, past)
-    if batch == 1:
-        length = size - choice.dropped
-    else:
-        # Rows may hold different numbers of images. How many only the ids know: the one host read of a batched prefill.
-        if real is not None:
-            kept = kept & real
-        length = int(kept.sum(1).max())
-    shrink = Shrink.plan(kept, length)
-
-    if choice.merged is not None:
-        embeds = _write(embeds, visual_kept[..., None], choice.merged)
-    positions = arguments.get("position_ids")
-    if positions is None:
-        positions = torch.arange(past, past + size, device=embeds.device)[None]
-    positions = shrink.take_last(positions.to(embeds.device))
-    shift = None if state is None else state.shift
-    gone = (place & ~visual_kept).cumsum(1)  # (B, S): visual tokens dropped up to here
-    if numbering == "contiguous":
-        positions = positions - shrink.take_last(gone)
-        positions = positions if shift is None else positions - shift
-        shift = gone[:, -1:] if shift is None else shift + gone[:, -1:]
-
-    floor = (gone < gone[:, -1:]).sum(1).max() + 1  # tokens up to the last dropped one
-
-    dropped = 0 if state is None else state.dropped
-    held = _held(mask, state, past)
-    now = shrink.valid if real is None else shrink.valid & shrink.take_last(real)
-    whole = batch == 1 and real is None and held is None  # nothing is padded: no mask is needed
-    physical = None if whole else torch.cat([_ones(held, batch, past - dropped, embeds.device), now], dim=1)
-
-    out = dict(arguments)
-    out["inputs_embeds"] = shrink.take(embeds)
-    out["position_ids"] = torch.arange(past - dropped, past - dropped + length, device=embeds.device)[None]
-    out["attention_mask"] = physical if mask is None or _is_flat(mask) else _cut_masks(mask, shrink, past, dropped)
-    return Shrunk(
-        arguments=out,
-        shrink=shrink,
-        positions=positions,
-        state=CacheState(past + size, dropped + size - length, past + floor, physical, shift),
-    )
-
-
-def continue_call(arguments: Mapping[str, Any], state: CacheState) -> tuple[dict[str, Any], CacheState]:
-    """Adapt a call that drops nothing but continues a compressed cache: decoding, or another turn of text."""
-    embeds = arguments.get("inputs_embeds")
-    reference: Tensor = embeds if embeds is not None else arguments["input_ids"]
-    batch, size = reference.shape[:2]
-    mask = arguments.get("attention_mask")
-    out = dict(arguments)
-
-    prepared = mask is not None and not _is_flat(mask)
-    # What generate prepares for a static cache says no more than the 2-D mask below, and counts the dropped tokens too.
+    length = text_length(arguments, state)
+    # What generate prepares for a static cache says no more than a 2-D mask, and counts the dropped tokens too.
     # Anybody else's prepared mask means something that nobody here can translate.
-    if prepared and not getattr(arguments.get("past_key_values"), "is_compileable", False):
-        raise VtcError(PREPARED)
-    real = None if prepared else _real(mask, size, state.length)
-    physical = None
-    if state.mask is not None or real is not None:
-        held = _ones(state.mask, batch, state.length - state.dropped, reference.device)
-        physical = torch.cat([held, _ones(real, batch, size, reference.device)], dim=1)
-    out["attention_mask"] = physical
+    if state is not None and not _is_flat(mask) and mask is not None:
+        if not getattr(arguments.get("past_key_values"), "is_compileable", False):
+            raise VtcError(PREPARED)
+        mask = None
+    numbers = arguments.get("position_ids")
+    if numbers is None:
+        numbers = torch.arange(length, length + size, device=device)[None]
+    numbers = numbers.to(device)
+    if numbers.ndim == 3 and numbers.shape[0] == 4:  # M-RoPE with a row for the text, which does not rotate
+        numbers = numbers[1:]
+    part = Part() if state is None else state.part(0)
+    held = part.mask
+    if state is None and length > 0 and _is_flat(mask):
+        held = mask[:, :length].bool()  # type: ignore[index]
+    return Stretch(0, length - part.dropped, held, _real(mask, size, length), numbers, part.shift, part.dropped)
 
-    positions = arguments.get("position_ids")
-    if positions is None:
-        positions = torch.arange(state.length, state.length + size, device=reference.device)[None]
-    out["position_ids"] = positions if state.shift is None else positions - state.shift
-    length = state.length + size
-    return out, CacheState(length, state.dropped, state.floor, physical, state.shift)
 
-
-def _past(arguments: Mapping[str, Any], state: CacheState | None) -> int:
-    """Number of earlier tokens, dropped ones included."""
+def text_length(arguments: Mapping[str, Any], state: CacheState | None) -> int:
+    """Number of tokens before this call, dropped ones included."""
     if state is not None:
         return state.length
     cache = arguments.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _write(fill: Tensor, place: Tensor, values: list[Tensor]) -> Tensor:
-    """Write the visual inputs' rows, in order, to the `True` places of a prompt-shaped tensor."""
-    return fill.masked_scatter(place, torch.cat([value.to(fill) for value in values]))
+def put_back(x: Tensor, back: Tensor) -> Tensor:
+    """`(B, K, D)` to `(B, S, D)`. A dropped place repeats the survivor before it, whose next token is the same."""
+    return x.gather(1, back.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def entry_arguments(
+    arguments: Mapping[str, Any], stretch: Stretch, shrink: Shrink | None, state: CacheState | None
+) -> dict[str, Any]:
+    """The arguments with which the language model sees the tokens of `stretch` alone, positions excepted.
+
+    It is handed numbers without gaps, because it (and FlashAttention) would take gaps for the borders of packed
+    sequences; the rotary module gets the true positions. `inputs_embeds` have been shortened already.
+    """
+    reference = _reference(arguments)
+    mask = arguments.get("attention_mask")
+    out = dict(arguments)
+    out["position_ids"] = gapless(stretch)
+    if mask is not None and not _is_flat(mask) and shrink is not None and state is None:
+        out["attention_mask"] = _cut_masks(mask, shrink, stretch.past)
+    else:
+        out["attention_mask"] = stretch.mask(reference.shape[0])
+    return out
+
+
+def gapless(stretch: Stretch) -> Tensor:
+    """`(1, K)`: the places of the call's tokens in these layers' cache."""
+    return torch.arange(stretch.past, stretch.past + stretch.length, device=stretch.numbers.device)[None]
+
+
+@dataclass
+class Places:
+    """Where the visual tokens of a call stand.
+
+    Attributes:
+        spots: `(n_i,)` int64 per visual input: its tokens' flat places (row times `K` plus column) in the sequence.
+        rows: the prompt each visual input belongs to; all 0 for a single prompt.
+        lengths: number of real tokens per prompt; of a single prompt, its padding included.
+    """
+
+    spots: list[Tensor]
+    rows: list[int]
+    lengths: list[int]
+
+    def flags(self, shape: Sequence[int]) -> Tensor:
+        """`(B, K)` bool: which tokens are visual."""
+        spots = torch.cat(self.spots)
+        none = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=spots.device)
+        return none.index_fill_(0, spots, True).view(*shape)
+
+    def drop(
+        self, x: Tensor, now: Tensor | None, groups: Sequence[Group]
+    ) -> tuple[Tensor, Tensor, Shrink]:
+        """Take the dropped tokens out of `x` `(B, K, D)`, whose real tokens are `now`. The places follow.
+
+        Returns what is left, `(B, K2, D)`; `(B, K)` bool, which tokens were not dropped; and how it was done.
+        """
+        batch, size = x.shape[:2]
+        flat, kept = x.flatten(0, 1), torch.ones(batch * size, dtype=torch.bool, device=x.device)
+        spots, lengths = list(self.spots), list(self.lengths)
+        for group in groups:
+            selection = group.selection
+            place = torch.stack([spots[number] for number in group.members])  # (I, n)
+            flags = torch.zeros_like(place, dtype=torch.bool).scatter_(1, selection.index, True)
+            kept = kept.scatter(0, place.flatten(), flags.flatten())
+            left = place.gather(1, selection.index)  # (I, k)
+            if selection.merges:
+                rows = selection.apply(flat[place]).flatten(0, 1)
+                flat = flat.index_copy(0, left.flatten(), rows.to(flat.dtype))
+            for number, survivors in zip(group.members, left, strict=True):
+                spots[number] = survivors
+                lengths[self.rows[number]] -= group.dropped
+        kept = kept.view(batch, size)
+        stays = kept if now is None or batch == 1 else kept & now
+        shrink = Shrink.plan(stays, max(lengths))
+        self.spots, self.lengths = [shrink.follow(places) for places in spots], lengths
+        return shrink.take(flat.view_as(x)), kept, shrink
+
+
+def _reference(arguments: Mapping[str, Any]) -> Tensor:
+    embeds = arguments.get("inputs_embeds")
+    return embeds if embeds is not None else arguments["input_ids"]
 
 
 def _is_flat(mask: Any) -> bool:
@@ -227,25 +350,75 @@ def _real(mask: Any, size: int, past: int) -> Tensor | None:
     diagonal = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)  # a token that is not padding sees itself
     return diagonal if mask.dtype == torch.bool else diagonal > torch.finfo(mask.dtype).min / 2
 
-
-def _held(mask: Any, state: CacheState | None, past: int) -> Tensor | None:
-    """`(B, P)` bool: which entries of the cache are not padding; `None` if all are."""
-    if state is not None:
-        return state.mask
-    return mask[:, :past].bool() if past > 0 and _is_flat(mask) else None
-
-
 def _ones(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     return torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.to(device)
 
 
-def _cut_masks(mask: Any, shrink: Shrink, past: int, dropped: int) -> Any:
+def _cut_masks(mask: Any, shrink: Shrink, past: int) -> Any:
     if isinstance(mask, dict):
-        return {kind: _cut_masks(entry, shrink, past, dropped) for kind, entry in mask.items()}
+        return {kind: _cut_masks(entry, shrink, past) for kind, entry in mask.items()}
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         raise VtcError(f"a prepared attention mask of type {type(mask).__name__} cannot be shortened; pass a 2-D mask")
-    if dropped:
-        raise VtcError(PREPARED)
     return shrink.take_mask(mask, past)
+
+
+def cut_deepstack(
+    arguments: Mapping[str, Any], before: Sequence[Tensor], after: Places, groups: Sequence[Group], shrink: Shrink
+) -> dict[str, Any]:
+    """Cut what some models add to the visual tokens after the first decoder layers, as their features were cut.
+
+    Args:
+        arguments: of the language model, by name; `visual_pos_masks` `(B, S)` and `deepstack_visual_embeds`, `(V, D)`
+            per layer, among them.
+        before, after: where the visual tokens stood and stand.
+        groups, shrink: what was dropped.
+    """
+    mask, features = arguments.get("visual_pos_masks"), arguments.get("deepstack_visual_embeds")
+    if mask is None or features is None:
+        return dict(arguments)
+    number = mask.flatten().cumsum(0) - 1  # (B * S,): which row of the features a place has
+    rows = [number[places] for places in before]
+    order = torch.cat(after.spots).argsort()
+    out = []
+    for feature in features:  # (V, D)
+        parts = [feature[index] for index in rows]
+        for group in groups:
+            cut = group.selection.apply(torch.stack([parts[member] for member in group.members]))
+            for member, part in zip(group.members, cut, strict=True):
+                parts[member] = part.to(feature.dtype)
+        out.append(torch.cat(parts)[order])
+    return {**arguments, "visual_pos_masks": after.flags(shrink.index.shape), "deepstack_visual_embeds": out}
+
+
+def check_croppable(cache: Any) -> None:
+    """Raise if tokens cannot be taken out of the middle of this cache."""
+    if cache is not None and (cache.offloading or any(type(layer) is not DynamicLayer for layer in cache.layers)):
+        raise VtcError(
+            f"truncate=true takes tokens out of the cache, which a {type(cache).__name__} of fixed, quantised or "
+            "offloaded tensors does not allow; use a DynamicCache, or leave truncate out"
+        )
+
+
+def truncate(cache: Any, stretches: Sequence[Stretch], layer: int) -> list[Stretch]:
+    """Take out of the cache of earlier layers what was dropped in front of decoder layer `layer`.
+
+    Returns the stretches as the cache has them afterwards.
+    """
+    last = [stretch for stretch in stretches if stretch.first <= layer][-1]
+    out = []
+    for number, stretch in enumerate(stretches):
+        if stretch.first >= last.first or last.index is None:
+            out.append(stretch)
+            continue
+        stay = last.index if stretch.back is None else stretch.back.gather(1, last.index)  # (B, K)
+        for held in cache.layers[stretch.first : stretches[number + 1].first]:
+            for name in ("keys", "values"):
+                x = getattr(held, name)  # (B, G, P + K, head_dim)
+                index = stay.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+                now = x[:, :, stretch.past :].gather(2, index)
+                setattr(held, name, torch.cat([x[:, :, : stretch.past], now], dim=2))
+        lost = stretch.length - last.length
+        out.append(replace(stretch, now=last.now, numbers=last.numbers, dropped=stretch.dropped + lost))
+    return out

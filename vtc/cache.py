@@ -1,8 +1,8 @@
 """What a compressed key-value cache must remember, kept on the cache itself.
 
-A compressed cache is shorter than the text it stands for. `generate` slices prompts and numbers positions by
-`get_seq_length()`, which must therefore count the dropped tokens too, while masks are built from `get_query_offset()`
-and the tensors' true lengths, which must not.
+A compressed cache is shorter than the text it stands for, and its layers may differ in length. `generate` slices prompts
+and numbers positions by `get_seq_length()`, which must therefore count the dropped tokens too, while masks are built
+from `get_query_offset()` and the tensors' true lengths, which must not.
 """
 
 from __future__ import annotations
@@ -18,22 +18,39 @@ from vtc.errors import VtcError
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a stretch of decoder layers holds of the text.
+
+    Attributes:
+        first: the first of the layers.
+        dropped: how many tokens of the text they do not hold.
+        mask: `(B, length - dropped)` bool, which entries are real tokens; `None` if all are.
+        shift: `(B, 1)` int64, how far later positions move up (contiguous numbering); `None` if they do not.
+    """
+
+    first: int = 0
+    dropped: int = 0
+    mask: Tensor | None = None
+    shift: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class CacheState:
     """The difference between the text and what a cache holds of it.
 
     Attributes:
         length: number of tokens the cache stands for, dropped ones included.
-        dropped: how many of them it does not hold.
         floor: 0-dimensional int64: length up to which tokens were dropped; all that follow are held.
-        mask: `(B, length - dropped)` bool, which entries are real tokens; `None` if all are.
-        shift: `(B, 1)` int64, how far later positions move up (contiguous numbering); `None` if they do not.
+        parts: what the layers hold, by first layer; the first part starts at layer 0.
     """
 
     length: int
-    dropped: int
     floor: Tensor
-    mask: Tensor | None
-    shift: Tensor | None
+    parts: tuple[Part, ...]
+
+    def part(self, layer: int) -> Part:
+        """The part that decoder layer `layer` belongs to."""
+        return [part for part in self.parts if part.first <= layer][-1]
 
 
 def cache_state(cache: Any) -> CacheState | None:
@@ -54,9 +71,9 @@ class _Compressed:
 
     _vtc_state: CacheState | None
 
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
-        held = super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
-        return held if self._vtc_state is None else held + self._vtc_state.dropped
+    def get_seq_length(self, layer_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
+        held = super().get_seq_length(layer_idx, *args, **kwargs)  # type: ignore[misc]
+        return held if self._vtc_state is None else held + self._vtc_state.part(layer_idx).dropped
 
     def get_query_offset(self, *args: Any, **kwargs: Any) -> Any:
         return super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
@@ -70,8 +87,11 @@ class _Compressed:
         if target < state.length and bool(target < state.floor):
             raise VtcError(f"a compressed cache cannot be cropped to {target} tokens: that is inside its visual tokens")
         super().crop(target - state.length)  # type: ignore[misc]
-        mask = None if state.mask is None else state.mask[:, : target - state.dropped]
-        self._vtc_state = replace(state, length=target, mask=mask)
+        parts = tuple(
+            part if part.mask is None else replace(part, mask=part.mask[:, : target - part.dropped])
+            for part in state.parts
+        )
+        self._vtc_state = replace(state, length=target, parts=parts)
         return None
 
     def reset(self) -> None:
@@ -93,9 +113,15 @@ class _Compressed:
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         state = self._vtc_state
         if state is not None:
-            mask = None if state.mask is None else function(state.mask)
-            shift = None if state.shift is None else function(state.shift)
-            self._vtc_state = replace(state, mask=mask, shift=shift)
+            parts = tuple(
+                replace(
+                    part,
+                    mask=None if part.mask is None else function(part.mask),
+                    shift=None if part.shift is None else function(part.shift),
+                )
+                for part in state.parts
+            )
+            self._vtc_state = replace(state, parts=parts)
 
 
 @cache

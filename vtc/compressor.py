@@ -15,7 +15,10 @@ from vtc.select import top_k
 from vtc.selection import Selection
 from vtc.visual import Encoder, Layout, Visual
 
-NEEDS = frozenset({"features", "cls", "received"})
+NEEDS = {
+    "input": frozenset({"features", "cls", "received", "logits"}),
+    "decoder": frozenset({"features", "attention", "ahead", "exchange"}),
+}
 
 
 @dataclass(kw_only=True)
@@ -27,9 +30,11 @@ class Compressor:
 
     Attributes:
         keep: how many tokens survive per visual input (an image, or a clip): an int counts tokens, a float is a
-            fraction. `keep=1` is one token, `keep=1.0` is all of them.
+            fraction. `keep=1` is one token, `keep=1.0` is all of them. At a decoder layer fractions are of the tokens
+            that arrive there.
         positions: `"original"` keeps the survivors' position ids, `"contiguous"` numbers them without gaps. Text that
-            follows moves up accordingly. Strategies set the default to what their paper's code does.
+            follows moves up accordingly. Strategies set the default to what their paper's code does. Models with
+            coordinates for positions (M-RoPE) keep them in either case, as every published port does.
     """
 
     name: ClassVar[str] = ""
@@ -49,8 +54,16 @@ class Compressor:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What `select` reads of a `Visual`: a subset of `features`, `cls`, `received`."""
+        """What `select` reads of a `Visual`: a subset of `NEEDS` for its site."""
         return frozenset()
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the number of survivors depends on content, as some papers have it.
+
+        `select` then gets one visual input at a time and may return any number of survivors. The device is waited for.
+        """
+        return False
 
     def layers(self, encoder: Encoder) -> tuple[int, ...]:
         """0-based encoder layers whose saliency row is read, if `needs` says so. Default: the feature layer."""
@@ -94,6 +107,65 @@ class Scorer(Compressor):
 
     def select(self, visual: Visual) -> Selection:
         return Selection.keep(top_k(self.score(visual), self.budget(visual.layout)), visual.layout.tokens)
+
+
+@dataclass(kw_only=True)
+class DecoderCompressor(Compressor):
+    """A strategy that acts inside the language model, in front of one of its decoder layers or several.
+
+    `Visual.features` are hidden states there, and `Visual.layout` tells the number of tokens that are left, not where
+    they came from. `select` keeps `visual.budget` of them.
+
+    Attributes:
+        truncate: also remove the dropped tokens from the cache of the layers before. By default these keep all, as in
+            the papers, and only later layers are cheaper while decoding.
+    """
+
+    site: ClassVar[str] = "decoder"
+
+    truncate: bool = False
+
+    def cuts(self, depth: int) -> tuple[int, ...]:
+        """In front of which of `depth` decoder layers it acts, ascending; layer 0 has no layer before it."""
+        raise NotImplementedError(f"{type(self).__name__} must implement cuts(depth)")
+
+    def budgets(self, layout: Layout) -> tuple[int, ...]:
+        """How many of the `layout.tokens` that arrive at the first cut survive each cut, never increasing."""
+        return (self.budget(layout),)
+
+
+@dataclass(kw_only=True)
+class LayerCompressor(DecoderCompressor):
+    """A strategy that acts in front of one decoder layer.
+
+    Attributes:
+        layer: in front of which decoder layer: from 0, or from the end with -1 as the last, or as a fraction of depth,
+            which means the nearest layer that has one before it.
+    """
+
+    layer: int | float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_layer()
+
+    def cuts(self, depth: int) -> tuple[int, ...]:
+        if isinstance(self.layer, float):
+            place = max(1, min(round(self.layer * depth), depth - 1))
+        else:
+            place = self.layer + depth if self.layer < 0 else self.layer
+        if not 0 < place < depth:
+            raise SpecError(
+                f"{self.name}: layer={self.layer} is not in front of a decoder layer that has one before it: this "
+                f"language model has {depth} layers; use 1 to {depth - 1}, {1 - depth} to -1, or a fraction"
+            )
+        return (place,)
+
+    def _check_layer(self) -> None:
+        if isinstance(self.layer, float) and not 0.0 < self.layer < 1.0:
+            raise SpecError(
+                f"{self.name}: layer={self.layer} is not a fraction of depth: use 0 < layer < 1, or a whole number"
+            )
 
 
 C = TypeVar("C", bound=type[Compressor])

@@ -6,9 +6,29 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from vtc.errors import VtcError
+from vtc.visual import Layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from vtc.adapters.base import Adapter
+    from vtc.call import Record
+    from vtc.selection import Selection
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one compressor did at one place.
+
+    Attributes:
+        spec: the compressor.
+        layer: in front of which decoder layer; 0 is the language model's input.
+        kept: per visual input, what was left afterwards, in the numbering of the uncompressed tokens.
+    """
+
+    spec: str
+    layer: int
+    kept: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -16,13 +36,17 @@ class Report:
     """What one compressed call did.
 
     Attributes:
-        spec: the compressor.
-        kept: per visual input, the ascending indices of the survivors in the numbering of the uncompressed tokens.
+        spec: the compressors, joined by `+`.
+        kept: per visual input (images in the order of their placeholders, then clips), the ascending indices of the
+            tokens that survived every compressor, in the numbering of the uncompressed tokens.
         sources: per visual input, for each uncompressed token the survivor (0..K-1) it went to, -1 if it was dropped;
             `None` where tokens were only dropped, not merged.
-        grids: per visual input, `(frames, rows, columns)` of the uncompressed tokens.
+        layouts: per visual input, how the uncompressed tokens lie.
+        modalities: per visual input, `"image"` or `"video"`.
+        stages: what each compressor did, in the order in which they act.
         prompts: number of prompts in the batch.
-        sequence_in, sequence_out: length of the (padded) prompt, text included, before and after.
+        sequence_in, sequence_out: length of the (padded) prompt, text included, before the first compressor and after
+            the last.
         prefill_flops, prefill_flops_full: FLOPs of the language model's prefill at these lengths, for the whole batch;
             a multiply-add counts as two (see `vtc.eval.flops`).
     """
@@ -30,7 +54,9 @@ class Report:
     spec: str
     kept: tuple[tuple[int, ...], ...]
     sources: tuple[tuple[int, ...] | None, ...]
-    grids: tuple[tuple[int, int, int], ...]
+    layouts: tuple[Layout, ...]
+    modalities: tuple[str, ...]
+    stages: tuple[StageReport, ...]
     prompts: int
     sequence_in: int
     sequence_out: int
@@ -41,7 +67,7 @@ class Report:
     @property
     def tokens_in(self) -> int:
         """Visual tokens of the call before compression, all visual inputs together."""
-        return sum(frames * rows * columns for frames, rows, columns in self.grids)
+        return sum(layout.tokens for layout in self.layouts)
 
     @property
     def tokens_out(self) -> int:
@@ -51,9 +77,13 @@ class Report:
     def __str__(self) -> str:
         ratio = self.prefill_flops / self.prefill_flops_full
         lines = [f"{self.spec}: {self.tokens_in} -> {self.tokens_out} visual tokens, {ratio:.2f}x prefill FLOPs"]
-        for number, (kept, grid) in enumerate(zip(self.kept, self.grids, strict=True)):
-            shape = "x".join(str(side) for side in grid if side > 1 or grid[0] > 1)
-            lines.append(f"  visual input {number}: {shape} = {grid[0] * grid[1] * grid[2]} -> {len(kept)}")
+        for number, (kept, layout) in enumerate(zip(self.kept, self.layouts, strict=True)):
+            counts = [layout.tokens, *(len(stage.kept[number]) for stage in self.stages)]
+            steps = " -> ".join(str(count) for count in counts)
+            lines.append(f"  {self.modalities[number]} {number}: {_shape(layout)} = {steps}")
+        if len(self.stages) > 1 or any(stage.layer for stage in self.stages):
+            places = [f"layer {stage.layer}" if stage.layer else "input" for stage in self.stages]
+            lines.append(f"  in front of: {', '.join(places)}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,4 +103,53 @@ class Report:
 
         if not 0 <= number < len(self.kept):
             raise VtcError(f"the call had {len(self.kept)} visual inputs; there is no number {number}")
-        return draw(image, self.grids[number], self.kept[number], self.sources[number], fit or self.fit)
+        layout = self.layouts[number]
+        if layout.grid[1] * layout.grid[2] * layout.grid[0] != layout.tokens or layout.grid[0] > 1:
+            raise VtcError("only images of one view can be drawn so far, not crops or clips")
+        return draw(image, layout.grid, self.kept[number], self.sources[number], fit or self.fit)
+
+
+def make_report(spec: str, record: Record, adapter: Adapter) -> Report:
+    """Read a record from the device."""
+    from vtc.eval.flops import prefill_flops
+
+    inputs = range(len(record.layouts))
+    so_far: list[Selection | None] = [None for _ in inputs]
+    stages = []
+    for stage in record.stages:
+        for group in stage.groups:
+            for row, number in enumerate(group.members):
+                step, before = group.selection.row(row), so_far[number]
+                so_far[number] = step if before is None else before.then(step)
+        kept = tuple(_kept(so_far[number], record.layouts[number]) for number in inputs)
+        stages.append(StageReport(stage.spec, stage.layer, kept))
+    depth = adapter.text_config.num_hidden_layers
+    lengths = [[length for first, length in record.stretches if first <= layer][-1] for layer in range(depth)]
+    return Report(
+        spec=spec,
+        kept=tuple(_kept(so_far[number], record.layouts[number]) for number in inputs),
+        sources=tuple(
+            None if map_ is None or not map_.merges else tuple(map_.sources()[0].tolist()) for map_ in so_far
+        ),
+        layouts=tuple(record.layouts),
+        modalities=tuple(record.modalities),
+        stages=tuple(stages),
+        prompts=record.prompts,
+        sequence_in=record.sequence,
+        sequence_out=lengths[-1],
+        prefill_flops=record.prompts * prefill_flops(adapter.text_config, lengths),
+        prefill_flops_full=record.prompts * prefill_flops(adapter.text_config, record.sequence),
+        fit=adapter.fit,
+    )
+
+
+def _kept(selection: Selection | None, layout: Layout) -> tuple[int, ...]:
+    return tuple(range(layout.tokens)) if selection is None else tuple(selection.index[0].tolist())
+
+
+def _shape(layout: Layout) -> str:
+    """`4x6`, `3x4x6` for three frames or tiles, `4x4 + 8x6` for a thumbnail and its crops."""
+    frames = layout.grid[0]
+    if len({(view.rows, view.columns) for view in layout.views}) == 1:
+        return "x".join(str(side) for side in layout.grid if side > 1 or frames > 1) or "1"
+    return " + ".join(f"{view.rows}x{view.columns}" for view in layout.views)

@@ -52,6 +52,13 @@ class Selection:
         """Whether survivors are weighted sums of tokens rather than tokens."""
         return self.slot is not None
 
+    def row(self, number: int) -> Selection:
+        """The selection of one visual input of the batch."""
+        parts = (self.slot, self.source, self.weight)
+        return Selection(
+            self.index[number : number + 1], self.size, *(x if x is None else x[number : number + 1] for x in parts)
+        )
+
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """Gather the survivors' rows along `dim`: for positions, masks and ids, which must never be averaged.
 

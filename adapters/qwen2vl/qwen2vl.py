@@ -74,3 +74,8 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     """
 
     family: ClassVar[str] = "qwen3vl"
+
+    def __init__(self, multimodal: Any) -> None:
+        super().__init__(multimodal)
+        # Features of earlier encoder layers are added to the visual tokens after the first decoder layers.
+        self.first_cut = max(1, len(multimodal.config.vision_config.deepstack_visual_indexes))
