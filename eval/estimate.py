@@ -12,7 +12,7 @@ it is given: many published tables leave it out. `vtc flops` prints the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vtc.eval.flops import (
     Decoder,
     decode,
     encoder,
+    human,
     per_edge,
     prefill,
     projector,
@@ -62,9 +63,16 @@ class Seen:
     def work(self, config: Any, tokens: int) -> tuple[Count, Count]:
         """Encoder and projector."""
         vision, packed = config.vision_config, config.vision_config.model_type in PACKED
+        if sum(said is not None for said in (self.views, self.frames, self.grid)) > 1:
+            raise VtcError("views, frames and grid each say what the encoder looks at: give one of them")
+        for what, count in (("views", self.views), ("frames", self.frames)):
+            if count is not None and count < 1:
+                raise VtcError(f"{what}: {count} is too few; give at least 1")
         if packed != (self.grid is not None):
-            known = "grid" if packed else "views or frames"
-            raise VtcError(f"a {config.model_type} looks at {known}; say how many")
+            known = (
+                "a grid: give frames, rows and columns of tokens" if packed else "views or frames: give their number"
+            )
+            raise VtcError(f"the encoder of a {config.model_type} looks at {known}")
         if self.grid is not None:
             if math.prod(self.grid) != tokens:
                 size = " x ".join(map(str, self.grid))
@@ -81,7 +89,8 @@ class Seen:
     def __str__(self) -> str:
         if self.grid is not None:
             return "grid of {} x {} x {}".format(*self.grid)
-        return f"{self.views} views" if self.frames is None else f"{self.frames} frames"
+        count, word = (self.views, "view") if self.frames is None else (self.frames, "frame")
+        return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def view_tokens(config: Any) -> int:
@@ -114,7 +123,8 @@ class Cut:
     after: int
     text: int
     width: int  # of the language model's features
-    attended: int  # of all its heads together
+    attended: int  # width of all its query heads together
+    keyed: int  # and of all its key heads
     encoder_width: int
     encoder_layers: int
 
@@ -139,24 +149,40 @@ def _pairs(cut: Cut) -> int:
     return cut.before**2 * cut.width
 
 
+def _assigned(cut: Cut) -> int:
+    """Each dropped token with all survivors."""
+    return (cut.before - cut.after) * cut.after * cut.width
+
+
+def _merged(cut: Cut) -> int:
+    """Each token added up once."""
+    return cut.before * cut.width
+
+
 def _prompt(cut: Cut) -> int:
     """The last token's query with all keys, in one decoder layer."""
     return (cut.before + cut.text) * cut.attended
 
 
+def _projected(cut: Cut) -> int:
+    """The last token's query and all keys, computed for a layer that has not run yet."""
+    return cut.width * (cut.attended + (cut.before + cut.text) * cut.keyed)
+
+
 # Multiply-adds per cut, by strategy with its default options. Sorting and indexing are not counted.
-SELECTION = {
+SELECTION: dict[str, tuple[Callable[[Cut], int], ...]] = {
     "none": (),
     "random": (),
     "uniform": (),
-    "pool": (lambda cut: cut.before * cut.width,),
+    "pool": (_merged,),
     "fastervlm": (_row,),
     "vtc-cls": (_rows,),
     "divprune": (_pairs, _chosen),
     "todre": (_row, _chosen),
+    "todre-inner": (),
     "fastv": (_prompt,),
-    "pyramiddrop": (_prompt,),
-    "holitom-inner": (_prompt,),
+    "pyramiddrop": (_prompt, _projected),
+    "holitom-inner": (_prompt, _assigned, _merged),
 }
 
 
@@ -188,6 +214,19 @@ def parse_schedule(text: str) -> Schedule:
             raise VtcError(f"schedule: '{part.strip()}' is not layers:tokens, for example 2:576,30:288")
         pairs.append((int(layers), int(tokens)))
     return tuple(pairs)
+
+
+def parse_grid(text: str) -> tuple[int, int, int]:
+    """`1x24x24` as frames, rows and columns.
+
+    Raises:
+        VtcError: it is written otherwise.
+    """
+    numbers = text.lower().split("x")
+    if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise VtcError(f"grid: '{text}' is not frames x rows x columns of visual tokens, for example 1x24x24")
+    frames, rows, columns = map(int, numbers)
+    return frames, rows, columns
 
 
 @dataclass(frozen=True)
@@ -307,10 +346,9 @@ def estimate(
     pairs = _schedule(schedule, decoder.layers, tokens, name)
     visual = [seen for layers, seen in pairs for _ in range(layers)]
     lengths = [seen + text for seen in visual]
-    seen = None
-    if hasattr(config, "vision_config"):
-        seen = Seen(views, frames, grid).fill(config, tokens)
-    work = (None, None) if seen is None else seen.work(config, tokens)
+    seen = Seen(views, frames, grid).fill(config, tokens) if hasattr(config, "vision_config") else None
+    nothing = None if tokens else Count()  # without visual tokens, encoder and projector do not run
+    work = (nothing, nothing) if seen is None else seen.work(config, tokens)
     options: dict[str, Any] = dict(convention=convention, causal=causal, lm_head_tokens=lm_head_tokens)
     return Estimate(
         name=name,
@@ -352,8 +390,49 @@ def _cuts(config: Any, decoder: Decoder, tokens: int, visual: Sequence[int], tex
         text=text,
         width=decoder.width,
         attended=decoder.heads * decoder.head_width,
+        keyed=decoder.key_heads * decoder.head_width,
         encoder_width=getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0),
         encoder_layers=getattr(vision, "num_hidden_layers", 0),
     )
     steps = zip([tokens, *visual], visual, strict=False)
     return [Cut(before, after, **sizes) for before, after in steps if after < before]
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+
+def table(cost: Estimate) -> str:
+    """The parts of an estimate for a terminal."""
+    layers = ", ".join(f"{layers} with {seen}" for layers, seen in cost.schedule)
+    convention = CONVENTIONS[cost.convention]
+    printed = "MACs" if convention.prints == "macs" else "FLOPs"
+    unseen = "does not run" if cost.encoder is not None else "unknown: give --views, --frames or --grid"
+    step, steps = "decode, step 1", f"decode, steps 1-{len(cost.decode)}"
+    parts: list[tuple[str, Count | None, str]] = [
+        ("encoder", cost.encoder, str(cost.seen or unseen)),
+        ("projector", cost.projector, ""),
+        ("selection", cost.selection, "" if cost.selection is not None else "no strategy named"),
+        ("prefill", cost.prefill, f"{cost.ratio:.3f} of the FLOPs with all tokens"),
+        ("prefill, all tokens", cost.full, ""),
+    ]
+    if cost.first_token is not None:
+        parts.append(("first token", cost.first_token, "encoder, projector, selection and prefill"))
+    if cost.decode:
+        parts.append((step, cost.decode[0], ""))
+    if len(cost.decode) > 1:
+        parts.append((steps, sum(cost.decode, Count()), ""))
+    rows = [("part", "MACs", "FLOPs", "")]
+    for name, count, note in parts:
+        both = ("-", "-") if count is None else (human(count.macs), human(count.flops))
+        rows.append((name, *both, note))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        f"{cost.name}: {cost.visual} visual and {cost.text} text tokens; layers: {layers} visual tokens",
+        f"convention {cost.convention}{', causal' if cost.causal else ''}: {convention.summary}",
+        f"  tables of this kind print {printed}; encoder, projector and selection are counted as in {CONVENTION}",
+        "",
+    ]
+    for name, macs, doubled, note in rows:
+        line = f"{name.ljust(widths[0])}  {macs.rjust(widths[1])}  {doubled.rjust(widths[2])}  {note}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)

@@ -69,13 +69,13 @@ class Convention:
 CONVENTIONS = {
     "exact": Convention("the matrix products that the model runs", "flops", logits=True),
     "fastv": Convention(
-        "4 n d² + 2 n² d + 2 n d m per layer: as if without grouped queries and gate, no logits", "macs", logits=False
+        "4 n d^2 + 2 n^2 d + 2 n d m per layer: as if without grouped queries and gate, no logits", "macs", logits=False
     ),
     "three_matrix": Convention(
-        "4 n d² + 2 n² d + 3 n d m per layer: as if without grouped queries, no logits", "macs", logits=False
+        "4 n d^2 + 2 n^2 d + 3 n d m per layer: as if without grouped queries, no logits", "macs", logits=False
     ),
     "llm_viewer": Convention(
-        "2 n (2 d² + 2 d² G/H + 3 d m) + 4 n² d + 5 H n² + 18 n d per layer: with softmax, norms and sums",
+        "2 n (2 d^2 + 2 d^2 G/H + 3 d m) + 4 n^2 d + 5 H n^2 + 18 n d per layer: with softmax, norms and sums",
         "flops",
         logits=True,
     ),

@@ -52,6 +52,7 @@ def python(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 BENCH = ("bench", "--model", "{root}/clip", "--out", "{root}/new", "--limit", "2", "--no-latency")
 SHOW = ("show", "{root}/scene.png", "--question", "What is red?", "--model", "{root}/clip", "--out", "{root}/k.png")
+FLOPS = ("flops", "--config", "llava-1.5-7b", "--tokens", "576")
 BAD_INPUT = {
     # what a compressor may be
     "unknown strategy": ((*BENCH, "--spec", "fastvlm"), "did you mean 'fastervlm'?"),
@@ -90,6 +91,14 @@ BAD_INPUT = {
     "no folder": (("bench", "--spec", "uniform"), "--out"),
     "unknown option": (("bench", "--out", "x", "--fast"), "--fast"),
     "unknown command": (("bensh",), "'bench'"),
+    # what to count
+    "unknown config": (("flops", "--config", "lava-1.5-7b", "--tokens", "576"), "did you mean 'llava-1.5-7b'?"),
+    "unknown convention": ((*FLOPS, "--convention", "exakt"), "did you mean 'exact'?"),
+    "schedule of other depth": ((*FLOPS, "--schedule", "2:576,29:288"), "31 layers, but llava-1.5-7b has 32"),
+    "schedule in words": ((*FLOPS, "--schedule", "half"), "'half' is not layers:tokens"),
+    "grid in words": ((*FLOPS, "--grid", "24x24"), "'24x24' is not frames x rows x columns"),
+    "views and a grid": ((*FLOPS, "--grid", "1x24x24"), "views or frames"),
+    "no tokens": (("flops", "--config", "llava-1.5-7b"), "--tokens"),
     # what to show
     "no such picture": (("show", "{root}/nothing.png", *SHOW[2:], "--spec", "uniform"), "no file"),
     "not a picture": (("show", "{root}/notes.txt", *SHOW[2:], "--spec", "uniform"), "as a picture"),
@@ -150,7 +159,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"vtc {vtc.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [[], ["list"], ["bench"], ["show"]])
+@pytest.mark.parametrize("command", [[], ["list"], ["bench"], ["flops"], ["show"]])
 def test_help_explains(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, *command, "--help")
     assert (code, err) == (0, "")
@@ -162,7 +171,7 @@ def test_help_explains(command: list[str], capsys: pytest.CaptureFixture[str]) -
 def test_without_arguments_comes_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys)
     assert code == 0
-    assert all(word in out for word in ("list", "bench", "show"))
+    assert all(word in out for word in ("list", "bench", "flops", "show"))
 
 
 def test_list_names_every_strategy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,3 +275,26 @@ def test_show_draws_what_the_processor_does(
     command = ("show", root / "wide.jpg", "--question", "What is red?", "--spec", "uniform", "--keep", "5")
     assert cli.main([str(part) for part in (*command, "--model", root / tower, "--out", tmp_path / "kept.png")]) == 0
     assert fits == [fit]
+
+
+def test_flops_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *FLOPS, "--text", "40", "--convention", "llm_viewer", "--decode", "5")
+    assert (code, err) == (0, "")
+    lines = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
+    assert lines["part"] == ["MACs", "FLOPs"]
+    assert lines["prefill"][2:4] == ["8.18", "T"]
+    assert {"encoder", "projector", "selection", "decode, step 1", "decode, steps 1-5"} <= set(lines)
+    assert "llava-1.5-7b: 576 visual and 40 text tokens" in out and "convention llm_viewer" in out
+
+
+def test_flops_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from vtc.eval.estimate import estimate
+
+    options = ("--text", "64", "--schedule", "2:576,30:288", "--convention", "fastv", "--strategy", "fastv", "--json")
+    code, out, err = run(capsys, *FLOPS, *options)
+    assert (code, err) == (0, "")
+    found = estimate("llava-1.5-7b", 576, text=64, schedule=((2, 576), (30, 288)), convention="fastv", strategy="fastv")
+    assert json.loads(out) == found.to_dict()
+    code, out, err = run(capsys, *FLOPS[:2], "qwen2.5-vl-7b", "--tokens", "64", "--grid", "2x8x4", "--causal", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == estimate("qwen2.5-vl-7b", 64, grid=(2, 8, 4), causal=True).to_dict()

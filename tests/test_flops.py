@@ -1,7 +1,11 @@
-"""Closed-form FLOPs against torch's own counter, and against sums done by hand."""
+"""Closed-form FLOPs against torch's own counter, against published tables, and against sums done by hand."""
 
 from __future__ import annotations
 
+import json
+import re
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +25,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vtc.errors import UnsupportedModelError
-from vtc.eval import flops
+from families import FAMILIES, Shown
+from vtc.errors import UnsupportedModelError, VtcError
+from vtc.eval import checkpoints, flops
+from vtc.eval.estimate import Cut, estimate, parse_schedule, selection, table
 
 SIZES = dict(vocab_size=320, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6)
 DECODERS = {
@@ -164,3 +170,341 @@ def test_mixture_of_experts_is_refused() -> None:
 )
 def test_human(count: float, text: str) -> None:
     assert flops.human(count) == text
+
+
+# ------------------------------------------------------------------------------------------------ whole models, by part
+
+PARTS = {
+    "encoder": r"\.(vision_tower|visual)$",
+    "projector": r"\.(multi_modal_projector|merger|deepstack_merger_list\.\d+)$",
+    "prefill": r"\.(language_model|lm_head)$",
+}
+
+
+def counted_parts(model: torch.nn.Module, **inputs: Any) -> dict[str, int]:
+    """What torch counts in one forward pass of a multimodal model, by part."""
+    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    counts = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    parts = {part: sum(n for name, n in counts.items() if re.search(end, name)) for part, end in PARTS.items()}
+    if any(name.endswith(".visual.merger") for name in counts):
+        parts["encoder"] -= parts["projector"]  # which is inside of it
+    assert sum(parts.values()) == counts["Global"]
+    return parts
+
+
+def seen(shown: Shown, config: Any) -> dict[str, Any]:
+    """How to say what the encoder looks at."""
+    if shown.pixels.ndim == 2:  # a grid of patches
+        merge = config.vision_config.spatial_merge_size
+        return {"grid": (shown.size[0], shown.size[1] // merge, shown.size[2] // merge)}
+    count = shown.pixels[..., 0, 0, 0].numel()
+    return {"frames": count} if shown.clip else {"views": count}
+
+
+# A clip of an InternVL is a row of images.
+SHOWN = [(name, "image") for name in FAMILIES]
+SHOWN += [(name, "clip") for name, family in FAMILIES.items() if family.frames and name != "internvl"]
+
+
+@pytest.mark.parametrize(("name", "segment"), SHOWN)
+def test_every_family_agrees_with_torch(name: str, segment: str) -> None:
+    family = FAMILIES[name]
+    batch = family.batch([("text", segment, "text")])
+    config, (row,) = family.model("eager").config, batch.rows
+    visual = row.shown[0].tokens
+    cost = estimate(config, visual, text=len(row.ids) - visual, **seen(row.shown[0], config))
+    measured = counted_parts(family.model("eager"), **batch.inputs())
+    for part, count in measured.items():
+        assert getattr(cost, part).flops == pytest.approx(count, rel=0.01), part
+    assert cost.first_token is not None
+    assert cost.first_token.flops == pytest.approx(sum(measured.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("size", [(1, 12, 12), (2, 10, 6)])
+def test_windows_at_the_edges_agree_with_torch(size: tuple[int, int, int]) -> None:
+    """Whole windows, and such that the image does not fill."""
+    family = FAMILIES["qwen25vl"]
+    vision = family.model("eager").config.vision_config
+    pixels, patches = torch.randn(size[0] * size[1] * size[2], 3 * 2 * 16), torch.tensor([size])
+    measured = counted(family.model("eager").model.visual, hidden_states=pixels, grid_thw=patches)
+    grid = (size[0], size[1] // 2, size[2] // 2)
+    projector = flops.projector_flops(family.model("eager").config, grid[0] * grid[1] * grid[2])
+    assert flops.encoder_flops(vision, grid=grid) + projector == pytest.approx(measured, rel=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------- published tables
+
+# OneVision samples 32 frames of 196 tokens, LLaVA-Video 64 of 169; neither table counts newlines or text.
+# Printed number, config, visual tokens, schedule, steps of generation. All by the convention `fastv`.
+FASTV_TABLES = [
+    # HoliTom
+    ("40.8", "llava-onevision-7b", 6272, None, 0),
+    ("8.7", "llava-onevision-7b", 1568, None, 0),
+    ("7.0", "llava-onevision-7b", 1280, None, 0),
+    ("5.2", "llava-onevision-7b", 960, None, 0),
+    ("3.4", "llava-onevision-7b", 640, None, 0),
+    ("7.1", "llava-onevision-7b", 1568, "18:1568,10:784", 0),
+    ("5.8", "llava-onevision-7b", 1280, "18:1280,10:640", 0),
+    ("4.3", "llava-onevision-7b", 960, "18:960,10:480", 0),
+    ("2.8", "llava-onevision-7b", 640, "18:640,10:320", 0),
+    ("9.3", "llava-onevision-7b", 6272, "2:6272,26:1254", 0),
+    ("429.3", "llava-onevision-72b", 6272, None, 0),
+    ("59.0", "llava-onevision-72b", 960, None, 0),
+    ("51.6", "llava-onevision-72b", 960, "60:960,20:480", 0),
+    ("86.4", "llava-onevision-72b", 6272, "2:6272,78:1254", 0),
+    ("80.2", "llava-video-7b", 10816, None, 0),
+    ("9.3", "llava-video-7b", 1664, None, 0),
+    ("7.6", "llava-video-7b", 1664, "18:1664,10:832", 0),
+    ("17.1", "llava-video-7b", 10816, "2:10816,26:2163", 0),
+    # DyCoke, with 100 generated tokens
+    ("41.4", "llava-onevision-7b", 6272, None, 100),
+    ("30.8", "llava-onevision-7b", 4856, None, 100),
+    ("17.9", "llava-onevision-7b", 2960, None, 100),
+]
+# The same, of which the papers print multiply-adds, or FLOPs.
+OTHER_TABLES = [
+    ("3.82", "three_matrix", "macs", "llava-1.5-7b", 576, 0),
+    ("7.63", "three_matrix", "flops", "llava-1.5-7b", 576, 0),  # YOPO
+    ("14.89", "three_matrix", "flops", "llava-1.5-13b", 576, 0),  # YOPO
+    ("99.63", "llm_viewer", "flops", "llava-onevision-7b", 6272, 100),  # AIM, this and all below
+    ("46.48", "llm_viewer", "flops", "llava-onevision-7b", 32 * 98, 100),
+    ("22.90", "llm_viewer", "flops", "llava-onevision-7b", 32 * 49, 100),
+    ("11.64", "llm_viewer", "flops", "llava-onevision-7b", 32 * 24, 100),
+    ("6.41", "llm_viewer", "flops", "llava-onevision-7b", 32 * 12, 100),
+    ("3.85", "llm_viewer", "flops", "llava-onevision-7b", 32 * 6, 100),
+    ("2.57", "llm_viewer", "flops", "llava-onevision-7b", 32 * 3, 100),
+    ("8.18", "llm_viewer", "flops", "llava-1.5-7b", 576, 40),
+]
+# Not printed anywhere, but worked out by others from the formulas; multiply-adds.
+WORKED_OUT = [
+    ("2.986", "fastv", "llava-1.5-7b", 576),
+    ("0.976", "fastv", "llava-1.5-7b", 192),
+    ("0.649", "fastv", "llava-1.5-7b", 128),
+    ("0.323", "fastv", "llava-1.5-7b", 64),
+    ("1.253", "three_matrix", "llava-1.5-7b", 192),
+    ("0.833", "three_matrix", "llava-1.5-7b", 128),
+    ("0.416", "three_matrix", "llava-1.5-7b", 64),
+    ("16.67", "fastv", "llava-next-7b", 2880),
+    ("20.83", "three_matrix", "llava-next-7b", 2880),
+    ("48.82", "exact", "llava-onevision-7b", 6272),
+]
+
+
+def rounded(count: int, printed: str) -> str:
+    """Tera, with as many decimals as were printed."""
+    return str((Decimal(count) / 10**12).quantize(Decimal(printed), ROUND_HALF_UP))
+
+
+@pytest.mark.parametrize(("printed", "config", "tokens", "schedule", "steps"), FASTV_TABLES)
+def test_tables_of_holitom_and_dycoke(printed: str, config: str, tokens: int, schedule: str | None, steps: int) -> None:
+    cost = estimate(config, tokens, schedule=schedule, convention="fastv", decode_steps=steps)
+    assert rounded(cost.prefill.macs + sum(step.macs for step in cost.decode), printed) == printed
+
+
+@pytest.mark.parametrize(("printed", "convention", "unit", "config", "tokens", "text"), OTHER_TABLES)
+def test_tables_of_other_conventions(
+    printed: str, convention: str, unit: str, config: str, tokens: int, text: int
+) -> None:
+    cost = estimate(config, tokens, text=text, convention=convention)
+    assert rounded(getattr(cost.prefill, unit), printed) == printed
+
+
+@pytest.mark.parametrize(("printed", "convention", "config", "tokens"), WORKED_OUT)
+def test_worked_out_numbers(printed: str, convention: str, config: str, tokens: int) -> None:
+    count = flops.prefill(checkpoints.config(config).text_config, tokens, convention=convention, lm_head_tokens=0)
+    assert rounded(count.macs, printed) == printed
+
+
+def test_conventions_by_hand() -> None:
+    config, n, context = DECODERS["llama-gqa"], 11, 30  # width 96, inner 256, 6 heads of 16, 2 key heads, 3 layers
+    attention = 2 * n * n * 96
+    exact = n * (2 * 96 * 96 + 2 * 96 * 32 + 3 * 96 * 256) + attention
+    fastv = n * (4 * 96 * 96 + 2 * 96 * 256) + attention
+    gate = n * 96 * 256
+    elementwise = 5 * 6 * n * n + 2 * 7 * n * 96 + 2 * n * 96 + 2 * n * 96
+    count = {name: flops.prefill(config, n, convention=name) for name in flops.CONVENTIONS}
+    assert count["exact"] == flops.Count(3 * exact + 96 * 320)
+    assert count["fastv"] == flops.Count(3 * fastv)
+    assert count["three_matrix"] == flops.Count(3 * (fastv + gate))
+    assert count["llm_viewer"] == flops.Count(3 * exact + 96 * 320, 3 * elementwise)
+    assert count["llm_viewer"].flops == 2 * (3 * exact + 96 * 320) + 3 * elementwise
+    step = flops.decode(config, context, convention="fastv")
+    assert step.macs == 3 * (4 * 96 * 96 + 2 * 96 * 256 + 2 * context * 96)
+
+
+# ---------------------------------------------------------------------------------------------------------- estimates
+
+
+def test_schedule_is_per_layer() -> None:
+    cost = estimate("llava-1.5-7b", 576, text=64, schedule="2:576,30:288", decode_steps=3)
+    text = checkpoints.config("llava-1.5-7b").text_config
+    lengths = [640] * 2 + [352] * 30
+    assert cost.prefill == flops.prefill(text, lengths)
+    assert cost.full == flops.prefill(text, 640)
+    assert cost.ratio == cost.prefill.flops / cost.full.flops
+    assert cost.decode == tuple(flops.decode(text, [n + step for n in lengths]) for step in (1, 2, 3))
+    assert cost == estimate("llava-1.5-7b", 576, text=64, schedule=[(2, 576), (30, 288)], decode_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "2:576,29:288"}, "31 layers, but llava-1.5-7b has 32"),
+        ({"schedule": "32:577"}, "577 visual tokens, but there are only 576"),
+        ({"schedule": "32"}, "'32' is not layers:tokens, for example 2:576,30:288"),
+        ({"schedule": "32:576,"}, "'' is not layers:tokens"),
+        ({"schedule": "0:576,32:5"}, "'0:576' is not layers:tokens"),
+        ({"convention": "fastvv"}, "did you mean 'fastv'?"),
+        ({"convention": "fastv", "causal": True}, "only defined for exact"),
+        ({"strategy": "divprun"}, "did you mean 'divprune'?"),
+        ({"text": -1}, "text: -1 is negative"),
+        ({"frames": 3}, "takes no clips"),
+        ({"views": 0}, "views: 0 is too few"),
+        ({"views": 1, "frames": 1}, "give one of them"),
+        ({"grid": (1, 24, 24)}, "looks at views or frames"),
+        ({"config": "llava-1.5-8b"}, "did you mean 'llava-1.5-7b'?"),
+        ({"config": "qwen2-vl-2b", "views": 1}, "looks at a grid"),
+        ({"config": "qwen2-vl-2b", "grid": (1, 24, 23)}, "552 tokens, not 576"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    options = {"config": "llava-1.5-7b", "tokens": 576, **change}
+    with pytest.raises(VtcError) as error:
+        estimate(options.pop("config"), options.pop("tokens"), **options)
+    assert message in str(error.value)
+
+
+def test_schedule_as_text() -> None:
+    assert parse_schedule("2:576, 30:288") == ((2, 576), (30, 288))
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "said"),
+    [
+        ("llava-1.5-7b", 1152, "2 views"),
+        ("llava-next-7b", 2880, "5 views"),
+        ("llava-onevision-7b", 6272, "32 frames"),
+        ("llava-onevision-7b", 729, "1 view"),
+        ("llava-next-video-7b", 1152, "8 frames"),
+        ("internvl3-8b", 256, "1 frame"),
+        ("qwen2.5-vl-7b", 1024, "grid of 1 x 32 x 32"),
+        ("qwen2.5-vl-7b", 1000, None),  # of how many rows?
+        ("llava-next-7b", 2928, None),  # with newlines, but of how many views?
+    ],
+)
+def test_what_the_encoder_saw_follows_or_is_asked_for(config: str, tokens: int, said: str | None) -> None:
+    cost = estimate(config, tokens)
+    assert said == (None if cost.seen is None else str(cost.seen))
+    assert (cost.encoder is None) == (cost.projector is None) == (cost.first_token is None) == (said is None)
+
+
+def test_prompts_of_text_alone_have_no_encoder_to_run() -> None:
+    for config in ("llava-1.5-7b", DECODERS["llama"]):
+        cost = estimate(config, 0, text=40)
+        assert (cost.seen, cost.encoder, cost.projector) == (None, flops.Count(), flops.Count())
+        assert cost.first_token == cost.prefill == cost.full
+    assert cost.prefill == flops.prefill(DECODERS["llama"], 40)
+
+
+def test_selection_is_counted_where_tokens_drop() -> None:
+    cut = Cut(before=50, after=8, text=6, width=96, attended=64, keyed=32, encoder_width=40, encoder_layers=24)
+    by_hand = {
+        "uniform": 0,
+        "pool": 50 * 96,
+        "fastervlm": 50 * 40,
+        "vtc-cls": 7 * 50 * 40,  # layers 16 to 22
+        "divprune": 50 * 50 * 96 + 8 * 50 * 96,
+        "todre": 50 * 40 + 8 * 50 * 96,
+        "fastv": 56 * 64,
+        "pyramiddrop": 56 * 64 + 96 * (64 + 56 * 32),
+        "holitom-inner": 56 * 64 + 42 * 8 * 96 + 50 * 96,
+    }
+    assert {name: selection(name, [cut]).macs for name in by_hand} == by_hand
+    assert selection("fastv", [cut, cut]).macs == 2 * by_hand["fastv"]
+    assert selection("fastv", []).macs == 0
+
+    def cost(schedule: str) -> int:
+        count = estimate("llava-1.5-7b", 576, text=4, schedule=schedule, strategy="fastv").selection
+        assert count is not None
+        return count.macs
+
+    assert cost("2:576,30:288") == cost("32:288") == 580 * 4096, "between two layers, or in front of the first"
+    assert cost("8:576,8:288,16:144") == (580 + 292) * 4096
+    assert cost("32:576") == 0
+
+
+def test_estimate_as_plain_data() -> None:
+    cost = estimate("qwen3-vl-2b", 64, text=9, grid=(1, 8, 8), convention="llm_viewer", decode_steps=2)
+    data = json.loads(json.dumps(cost.to_dict()))
+    assert data["convention"] == "llm_viewer" and data["published_as"] == "flops"
+    assert data["grid"] == [1, 8, 8] and data["schedule"] == [[28, 64]]
+    assert data["prefill"] == {"macs": cost.prefill.macs, "flops": cost.prefill.flops}
+    assert data["prefill"]["flops"] > 2 * data["prefill"]["macs"]
+    assert data["encoder"]["flops"] == 2 * data["encoder"]["macs"] > 0
+    assert len(data["decode"]) == 2 and data["decode_total"]["macs"] == sum(step["macs"] for step in data["decode"])
+    assert data["first_token"] is None, "no sum over two conventions"
+    assert data["selection"] is None
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+# Parameters in billions, as the model hub shows them.
+PUBLISHED = {
+    "llava-1.5-7b": "7.06",
+    "llava-1.5-13b": "13.4",
+    "llava-next-mistral-7b": "7.57",
+    "llava-next-video-7b": "7.06",
+    "llava-onevision-0.5b": "0.894",
+    "llava-onevision-7b": "8.03",
+    "llava-onevision-72b": "73.2",
+    "qwen2-vl-2b": "2.21",
+    "qwen2-vl-7b": "8.29",
+    "qwen2-vl-72b": "73.4",
+    "qwen2.5-vl-3b": "3.75",
+    "qwen2.5-vl-7b": "8.29",
+    "qwen2.5-vl-32b": "33.5",
+    "qwen2.5-vl-72b": "73.4",
+    "qwen3-vl-2b": "2.13",
+    "qwen3-vl-4b": "4.44",
+    "qwen3-vl-8b": "8.77",
+    "internvl3-1b": "0.938",
+    "internvl3-2b": "2.09",
+    "internvl3-8b": "7.94",
+    "internvl3-14b": "15.1",
+    "internvl3-38b": "38.4",
+    "internvl3-78b": "78.4",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_bundled_configs_have_the_published_size(name: str) -> None:
+    model = checkpoints.random_weights(name, device="meta")
+    assert f"{sum(weight.numel() for weight in model.parameters()) / 1e9:.3g}" == PUBLISHED[name]
+    assert model.dtype is torch.bfloat16 and not model.training
+
+
+@pytest.mark.parametrize("name", checkpoints.available())
+def test_every_bundled_config_can_be_counted(name: str) -> None:
+    cost = estimate(name, 1296, grid=(1, 36, 36)) if name.startswith("qwen") else estimate(name, 1296, views=2)
+    assert cost.encoder is not None and cost.projector is not None
+    assert cost.prefill.macs > cost.projector.macs > 0 and cost.encoder.macs > cost.projector.macs
+    assert table(cost).startswith(f"{name}: 1296 visual")
+
+
+def test_random_weights_run(tmp_path: Path) -> None:
+    model = FAMILIES["llava"].model()
+    model.config.save_pretrained(tmp_path)
+    built = checkpoints.random_weights(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    assert {name: weight.shape for name, weight in built.named_parameters()} == {
+        name: weight.shape for name, weight in model.named_parameters()
+    }
+    with torch.no_grad():
+        logits = built(**FAMILIES["llava"].batch([("text", "image", "text")]).inputs()).logits
+    assert logits.isfinite().all() and logits.std() > 0
+    assert built.config._attn_implementation == "eager"
+
+
+def test_a_folder_is_as_good_as_a_name(tmp_path: Path) -> None:
+    checkpoints.config("qwen2-vl-2b").save_pretrained(tmp_path)
+    assert estimate(tmp_path, 64).prefill == estimate("qwen2-vl-2b", 64).prefill

@@ -1,4 +1,4 @@
-"""The command line: `vtc list`, `vtc bench`, `vtc show`.
+"""The command line: `vtc list`, `vtc bench`, `vtc flops`, `vtc show`.
 
 Thin on purpose: it reads arguments, calls the library and prints. What a user got wrong is one line on stderr and exit
 code 2; anything else is a bug and shows its traceback.
@@ -51,6 +51,26 @@ examples:
   vtc bench --spec fastervlm --spec random --keep 0.5,0.25,28 --out results
 
 DIR then holds rows.jsonl (one object per setting), table.md and pareto.png.
+"""
+FLOPS_HELP = """
+Count what one prompt costs, in closed form and without a model: encoder,
+projector, selection, prefill and steps of generation, in multiply-adds (MACs)
+and FLOPs (two per multiply-add).
+
+Conventions for the language model:
+  exact         what the model runs, with one row of logits
+  fastv         4 n d^2 + 2 n^2 d + 2 n d m per layer
+  three_matrix  4 n d^2 + 2 n^2 d + 3 n d m per layer
+  llm_viewer    as exact, with softmax, norms and sums
+with n tokens, width d and feed-forward width m. Papers that count by fastv or
+three_matrix often print MACs and call them FLOPs, and leave text out (--text 0).
+"""
+FLOPS_EXAMPLE = """
+examples:
+  vtc flops --config llava-1.5-7b --tokens 576 --text 64
+  vtc flops --config llava-1.5-7b --tokens 576 --text 64 \\
+      --schedule 2:576,30:288 --convention fastv --json
+  vtc flops --config qwen2.5-vl-7b --tokens 1296 --grid 1x36x36
 """
 SHOW_HELP = (
     """
@@ -114,6 +134,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     _add_list(commands)
     _add_bench(commands)
+    _add_flops(commands)
     _add_show(commands)
     return parser
 
@@ -271,6 +292,59 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+# -------------------------------------------------------------------------------------------------------- vtc flops
+
+
+def _add_flops(commands: Any) -> None:
+    parser = _command(commands, "flops", "count what a prompt costs, without a model", FLOPS_HELP, FLOPS_EXAMPLE)
+    parser.add_argument(
+        "--config", required=True, metavar="NAME_OR_PATH", help="a bundled config, or a folder with a config.json"
+    )
+    parser.add_argument("--tokens", type=int, required=True, metavar="N", help="visual tokens that the encoder makes")
+    parser.add_argument("--text", type=int, default=0, metavar="N", help="other tokens (default: %(default)s)")
+    parser.add_argument(
+        "--schedule",
+        metavar="LIST",
+        help="visual tokens per layer: 2:576,30:288 is 2 layers with 576, then 30 with 288 (default: all tokens)",
+    )
+    parser.add_argument("--convention", default="exact", metavar="NAME", help="see above (default: %(default)s)")
+    parser.add_argument("--causal", action="store_true", help="leave out pairs that a causal mask hides; exact only")
+    parser.add_argument(
+        "--lm-head", type=int, metavar="N", help="rows of logits in the prefill (default: the convention's)"
+    )
+    parser.add_argument(
+        "--decode", type=int, default=1, metavar="N", help="steps of generation to count (default: %(default)s)"
+    )
+    parser.add_argument("--strategy", metavar="NAME", help="count this strategy's selection wherever tokens drop")
+    parser.add_argument("--views", type=int, metavar="N", help="images or crops that the encoder looks at")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of a clip that it looks at")
+    parser.add_argument("--grid", metavar="TxHxW", help="for Qwen: frames, rows and columns of visual tokens")
+    parser.add_argument("--json", action="store_true", help="print an object instead of a table")
+    parser.set_defaults(command=run_flops)
+
+
+def run_flops(options: argparse.Namespace) -> int:
+    """`vtc flops`."""
+    from vtc.eval.estimate import estimate, parse_grid, table
+
+    cost = estimate(
+        options.config,
+        options.tokens,
+        text=options.text,
+        schedule=options.schedule,
+        convention=options.convention,
+        causal=options.causal,
+        lm_head_tokens=options.lm_head,
+        decode_steps=options.decode,
+        strategy=options.strategy,
+        views=options.views,
+        frames=options.frames,
+        grid=None if options.grid is None else parse_grid(options.grid),
+    )
+    print(json.dumps(cost.to_dict(), indent=2) if options.json else table(cost))
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------------- vtc show
