@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from torch import Tensor
 
 from vtc.choice import choose
 from vtc.compressor import parse
-from vtc.visual import Layout
+from vtc.visual import Layout, Visual
 
 SMALL, LARGE, TINY = Layout.frames(1, 2, 3), Layout.frames(1, 3, 4), Layout.frames(1, 1, 2)
 
@@ -21,19 +18,24 @@ def test_groups_by_layout_change_nothing(spec: str) -> None:
     features = [
         torch.randn(layout.tokens, 8, generator=torch.Generator().manual_seed(n)) for n, layout in enumerate(layouts)
     ]
-    rows = [x.norm(dim=1)[None] for x in features]  # (1, N_i) each
     compressor = parse(spec)
+    budgets = [compressor.budget(layout) for layout in layouts]
 
-    def saliency(members: Sequence[int]) -> Tensor:
-        return torch.stack([rows[number] for number in members])
+    def look(layout: Layout, members: list[int], budget: int) -> Visual:
+        stacked = torch.stack([features[number] for number in members])
+        loaders = {"features": lambda: stacked, "saliency": lambda: stacked.norm(dim=2)[:, None]}
+        return Visual(layout, len(members), stacked.device, loaders, budget)
 
-    together = choose(compressor, layouts, features, saliency, validate=True)
-    kept_of_tiny = compressor.budget(TINY)
-    assert [int(kept.sum()) for kept in together.kept] == [3, 3, 3, kept_of_tiny, 3]
-    assert together.dropped == 3 + 9 + 3 + (2 - kept_of_tiny) + 9
-    for number, layout in enumerate(layouts):
-        alone = choose(compressor, [layout], [features[number]], lambda _, n=number: rows[n][None], validate=True)  # type: ignore[misc]
-        assert torch.equal(alone.kept[0], together.kept[number])
-        assert (alone.merged is None) == (together.merged is None) or layout is TINY
-        if alone.merged is not None and together.merged is not None:
-            assert torch.equal(alone.merged[0], together.merged[number])
+    together = choose(compressor, layouts, budgets, look, validate=True)
+    wanted = [[0, 2], [1, 4]] + ([[3]] if budgets[3] < 2 else [])
+    assert [group.members for group in together] == wanted
+    for group in together:
+        assert group.dropped == layouts[group.members[0]].tokens - budgets[group.members[0]]
+        for row, number in enumerate(group.members):
+
+            def alone_look(layout: Layout, _: list[int], budget: int, number: int = number) -> Visual:
+                return look(layout, [number], budget)
+
+            (alone,) = choose(compressor, [layouts[number]], [budgets[number]], alone_look, validate=True)
+            assert torch.equal(alone.selection.index[0], group.selection.index[row])
+            assert torch.equal(alone.selection.matrix()[0], group.selection.matrix()[row])

@@ -135,6 +135,21 @@ def test_pixels_that_are_never_encoded_are_an_error() -> None:
     """Should the model find another way to its features, the caller hears that nothing was dropped."""
     model, inputs = make_llava(), batch(1).inputs()
     features = model.get_image_features(inputs["pixel_values"])
-    model.model.get_image_features = lambda *args, **kwargs: features
     with vtc.compress(model, "random:keep=4"), pytest.raises(vtc.VtcError, match="never ran"):
+        model.model.get_image_features = lambda *args, **kwargs: features
         model(**inputs)
+
+
+def test_a_method_of_the_callers_own_is_put_back() -> None:
+    model, inputs = make_llava(), batch(1).inputs()
+    encode, calls = model.model.get_image_features, []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return encode(*args, **kwargs)
+
+    model.model.get_image_features = own
+    with vtc.compress(model, "random:keep=4") as run:
+        model(**inputs)
+    assert calls and run.last is not None and len(run.last.kept[0]) == 4
+    assert vars(model.model)["get_image_features"] is own

@@ -61,20 +61,26 @@ class EncoderWatch:
     def __init__(self, adapter: Adapter, taps: Mapping[int, Tap], notice: Callable[[str, Any], None]) -> None:
         self._adapter, self._taps, self._notice = adapter, taps, notice
         self._local = threading.local()
-        self._names: list[str] = []
+        self._shadows: dict[str, Any] = {}
+        self._found: dict[str, Any] = {}
 
     def install(self) -> None:
         module = self._adapter.multimodal
         for modality in MODALITIES:
             name = f"get_{modality}_features"
             if hasattr(module, name):
-                vars(module)[name] = self._watched(modality, getattr(module, name))
-                self._names.append(name)
+                if name in vars(module):
+                    self._found[name] = vars(module)[name]
+                vars(module)[name] = self._shadows[name] = self._watched(modality, getattr(module, name))
 
     def remove(self) -> None:
-        for name in self._names:
-            vars(self._adapter.multimodal).pop(name, None)
-        self._names.clear()
+        attributes = vars(self._adapter.multimodal)
+        for name, shadow in self._shadows.items():
+            if attributes.get(name) is shadow:
+                del attributes[name]
+                attributes.update({name: self._found[name]} if name in self._found else {})
+        self._shadows.clear()
+        self._found.clear()
 
     def _watched(self, modality: str, encode: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(encode)
