@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
+import vtc
 from vtc import adapters
 from vtc.adapters.base import Adapter
 from vtc.adapters.llava import anyres
@@ -67,7 +70,12 @@ def make(name: str) -> Any:
         **({} if kind == "LlavaNext" else {"video_token_index": CLIP}),
     )
     torch.manual_seed(0)
-    return getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():  # the default initialisation is so small that all attention is uniform
+        for name, weight in model.model.vision_tower.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(20)
+    return model
 
 
 def adapter(name: str) -> Any:
@@ -440,8 +448,8 @@ def test_layouts_of_images_are_what_the_language_model_receives(name: str) -> No
     model, adapted = make(name), adapter(name)
     given = images(model, SIZES[:2])
     layouts = adapted.layouts("image", given)
-    output, _ = encode(model, "image", given)
-    for feature, embeds in zip(output.pooler_output, received(model, IMAGE, given, layouts), strict=True):
+    features = adapted.features("image", encode(model, "image", given)[0])
+    for feature, embeds in zip(features, received(model, IMAGE, given, layouts), strict=True):
         assert torch.equal(feature, embeds)
 
 
@@ -452,10 +460,72 @@ def test_layouts_of_clips_are_what_the_language_model_receives(name: str) -> Non
     given = clips(model)
     layouts = adapted.layouts("video", given)
     newline = model.model.image_newline
-    for layout, embeds in zip(layouts, received(model, CLIP, given, layouts), strict=True):
+    features = adapted.features("video", encode(model, "video", given)[0])
+    for layout, feature, embeds in zip(layouts, features, received(model, CLIP, given, layouts), strict=True):
+        assert torch.equal(feature, embeds)
         shows = set(places(layout))
         found = {place for place in range(layout.tokens) if torch.equal(embeds[place], newline)}
         assert found == set(range(layout.tokens)) - shows
+
+
+@pytest.mark.parametrize("name", ["next-video", "onevision"])
+def test_features_of_a_release_that_returns_frames_apart(name: str) -> None:
+    """As transformers 5.17 does: `(frames, n, D)` per clip in one family, clips without their newline in the other."""
+    model, adapted = make(name), adapter(name)
+    frames = noise(2, FRAMES, 4, WIDTH)
+    ends = [] if name == "next-video" else [model.model.image_newline[None]]
+    output = SimpleNamespace(pooler_output=tuple(frames) if name == "next-video" else frames.flatten(1, 2))
+    for feature, clip in zip(adapted.features("video", output), frames, strict=True):
+        assert torch.equal(feature, torch.cat([clip.flatten(0, 1), *ends]))
+
+
+@torch.no_grad()
+def attention(model: Any, pixels: Tensor) -> Tensor:
+    """Attention to each patch in the layer that features come from, `(P, side * side)`, by the encoder's own maps."""
+    tower = copy.deepcopy(model.model.vision_tower)
+    tower.set_attn_implementation("eager")
+    maps = tower(pixels, output_attentions=True).attentions
+    layer = adapters.find(model).encoder_info.feature_layer
+    mean = maps[layer].mean(1)  # (P, S, S)
+    return mean[:, 0, 1:] if adapters.find(model).encoder_info.class_token else mean.mean(1)
+
+
+@pytest.mark.parametrize("name", ["next", "next-siglip", "next-video", "onevision", "onevision-odd"])
+def test_fastervlm_keeps_the_best_of_a_packed_image(name: str) -> None:
+    model = make(name)
+    sizes = SIZES[1:4]
+    given = images(model, sizes)
+    views = [1 + math.prod(crops_of(model, size)) for size in sizes]
+    seen = torch.cat([pixels[:count] for pixels, count in zip(given["pixel_values"], views, strict=True)])
+    scores = attention(model, seen)[..., None].split(views)
+    options = [model.config.vision_aspect_ratio] if "onevision" in name else []
+    select = [] if options else ["default"]
+    packed, _ = model.model.pack_image_features(scores, list(sizes), *select, torch.zeros(1), *options)
+    check_kept(model, name, IMAGE, given, [score[:, 0] for score in packed])
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_fastervlm_keeps_the_best_of_a_pooled_clip(name: str) -> None:
+    model = make(name)
+    given = clips(model)
+    scores = attention(model, given["pixel_values_videos"].flatten(0, 1))[..., None]
+    inner = model.model
+    pooled = (inner.apply_pooling if "onevision" in name else inner.vision_resampler)(scores).view(2, -1)
+    check_kept(model, name, CLIP, given, list(pad(pooled, (0, 1 if "onevision" in name else 0))))
+
+
+def check_kept(model: Any, name: str, token: int, given: dict[str, Tensor], scores: list[Tensor]) -> None:
+    """The prompts, one visual input each, keep the best 30 % by `scores`, whatever they are padded with."""
+    longest = max(map(len, scores)) + 2
+    ids = torch.stack([pad(torch.full((len(score),), token), (longest - len(score), 2), value=9) for score in scores])
+    mask = torch.stack([pad(torch.ones(len(score) + 2), (longest - len(score), 0)) for score in scores]).long()
+    kind = "cls" if adapters.find(model).encoder_info.class_token else "received"
+    with torch.no_grad(), vtc.compress(model, f"fastervlm:keep=0.3,saliency={kind}") as run:
+        model(input_ids=ids, attention_mask=mask, **given)
+    assert run.last is not None
+    for kept, score in zip(run.last.kept, scores, strict=True):
+        best = score.sort(descending=True, stable=True).indices[: int(len(score) * 0.3 + 0.5)]
+        assert list(kept) == sorted(best.tolist())
 
 
 @pytest.mark.parametrize("name", ANYRES)

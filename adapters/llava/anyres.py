@@ -7,10 +7,11 @@ image size; scores then follow the same way without asking the device anything.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -106,13 +107,21 @@ class AnyResAdapter(TowerAdapter):
             # transformers 5.17 calls it `pixel_values`
             pixels = arguments["pixel_values_videos" if "pixel_values_videos" in arguments else "pixel_values"]
             clips, frames = pixels.shape[:2]
-            return [Layout.frames(frames, *self._frame(), self.clip_separators, clip=True)] * clips
+            return [Layout.frames(frames, *self._frame, self.clip_separators, clip=True)] * clips
         layouts: list[Layout] = []
         for picture in self.pictures(arguments):
             layout = self._trace(picture).layout
             self._examples.setdefault(layout, picture)
             layouts.append(layout)
         return layouts
+
+    def features(self, modality: str, output: Any) -> list[Tensor]:
+        # transformers 5.17 returns the frames of a clip apart, and appends separators only later.
+        found = [feature.flatten(0, -2) for feature in output.pooler_output]
+        if modality == "image" or not self.clip_separators or len(found[0]) % math.prod(self._frame):
+            return found
+        newline = self.multimodal.image_newline.to(found[0]).expand(self.clip_separators, -1)
+        return [torch.cat([feature, newline]) for feature in found]
 
     def token_rows(self, modality: str, rows: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
         patches = self.patches(rows)  # (P, side * side)
@@ -133,6 +142,7 @@ class AnyResAdapter(TowerAdapter):
         size = config.vision_config.image_size
         return int(image_size_to_num_patches((height, width), config.image_grid_pinpoints, size))
 
+    @cached_property
     def _frame(self) -> tuple[int, int]:
         """Rows and columns of tokens of a frame: along a row, the places of its tokens go up."""
         columns = torch.arange(self.side, dtype=torch.float64).repeat(self.side)
