@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cases import DECODER_SPECS
 from vtc.compressor import NEEDS, DecoderCompressor, parse, strategy
-from vtc.errors import SpecError
+from vtc.errors import SpecError, UnsupportedModelError
 from vtc.selection import Selection
 from vtc.visual import Layout, Visual
 from watch import Watch
@@ -271,7 +271,9 @@ def test_cuts(spec: str, depth: int, cuts: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", ["fastv", "holitom-inner", "todre-inner"])
 def test_there_must_be_a_layer_before_the_cut(name: str) -> None:
     for layer in (0, 32, -32, 100):
-        with pytest.raises(SpecError, match=rf"{name}: layer={layer} .* language model has 32 layers; use 1 to 31"):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"{name}: layer={layer} .* language model has 32 layers; use 1 to 31"
+        ):
             drive(name, layer=layer).cuts(32)
     for layer in (0.0, 1.0, -0.5, 2.5, math.nan, math.inf):
         with pytest.raises(SpecError, match=rf"{name}: layer={layer} is not a fraction of depth"):
@@ -284,7 +286,9 @@ def test_pyramiddrop_takes_stages_instead_of_a_layer() -> None:
     for stages in (0, -1):
         with pytest.raises(SpecError, match=f"stages={stages} never drops"):
             parse(f"pyramiddrop:stages={stages}")
-    with pytest.raises(SpecError, match="stages=3 needs a language model of at least 4 decoder layers.* has 3"):
+    with pytest.raises(
+        UnsupportedModelError, match="stages=3 needs a language model of at least 4 decoder layers.* has 3"
+    ):
         drive("pyramiddrop").cuts(3)
 
 

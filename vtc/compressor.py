@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 
 from torch import Tensor
 
-from vtc.errors import SpecError, did_you_mean
+from vtc.errors import SpecError, UnsupportedModelError, did_you_mean
 from vtc.select import top_k
 from vtc.selection import Selection
 from vtc.visual import Encoder, Layout, Visual
@@ -155,7 +155,7 @@ class LayerCompressor(DecoderCompressor):
         else:
             place = self.layer + depth if self.layer < 0 else self.layer
         if not 0 < place < depth:
-            raise SpecError(
+            raise UnsupportedModelError(
                 f"{self.name}: layer={self.layer} is not in front of a decoder layer that has one before it: this "
                 f"language model has {depth} layers; use 1 to {depth - 1}, {1 - depth} to -1, or a fraction"
             )

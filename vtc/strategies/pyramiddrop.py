@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vtc.compressor import DecoderCompressor, register
-from vtc.errors import SpecError
+from vtc.errors import SpecError, UnsupportedModelError
 from vtc.select import top_k
 from vtc.selection import Selection
 from vtc.visual import Layout, Visual
@@ -60,7 +60,7 @@ class PyramidDrop(DecoderCompressor):
 
     def cuts(self, depth: int) -> tuple[int, ...]:
         if depth <= self.stages:
-            raise SpecError(
+            raise UnsupportedModelError(
                 f"{self.name}: stages={self.stages} needs a language model of at least {self.stages + 1} decoder "
                 f"layers, and this one has {depth}: use fewer stages"
             )
