@@ -191,6 +191,11 @@ class Stretch:
             dropped=self.dropped + shrink.back.shape[1] - shrink.index.shape[1],
         )
 
+    def to(self, device: torch.device) -> Stretch:
+        """The same on the device of other layers."""
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
+
     def enter(self, first: int, state: CacheState | None) -> Stretch:
         """The same tokens in front of layer `first`, where the cache may hold less of earlier calls."""
         if state is None:
@@ -201,7 +206,7 @@ class Stretch:
             first=first,
             past=state.length - part.dropped,
             held=part.mask,
-            earlier=part.shift,
+            earlier=None if part.shift is None else part.shift.to(self.numbers.device),
             dropped=self.dropped - before.dropped + part.dropped,
         )
 
@@ -241,7 +246,8 @@ def open_stretch(arguments: Mapping[str, Any], state: CacheState | None) -> Stre
     held = part.mask
     if state is None and length > 0 and _is_flat(mask):
         held = mask[:, :length].bool()  # type: ignore[index]
-    return Stretch(0, length - part.dropped, held, _real(mask, size, length), numbers, part.shift, part.dropped)
+    shift = None if part.shift is None else part.shift.to(device)
+    return Stretch(0, length - part.dropped, held, _real(mask, size, length), numbers, shift, part.dropped)
 
 
 def text_length(arguments: Mapping[str, Any], state: CacheState | None) -> int:
@@ -295,15 +301,17 @@ class Places:
     rows: list[int]
     lengths: list[int]
 
+    def to(self, device: torch.device) -> Places:
+        """The same on the device of other layers."""
+        return replace(self, spots=[places.to(device) for places in self.spots])
+
     def flags(self, shape: Sequence[int]) -> Tensor:
         """`(B, K)` bool: which tokens are visual."""
         spots = torch.cat(self.spots)
         none = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=spots.device)
         return none.index_fill_(0, spots, True).view(*shape)
 
-    def drop(
-        self, x: Tensor, now: Tensor | None, groups: Sequence[Group]
-    ) -> tuple[Tensor, Tensor, Shrink]:
+    def drop(self, x: Tensor, now: Tensor | None, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Shrink]:
         """Take the dropped tokens out of `x` `(B, K, D)`, whose real tokens are `now`. The places follow.
 
         Returns what is left, `(B, K2, D)`; `(B, K)` bool, which tokens were not dropped; and how it was done.
@@ -349,6 +357,7 @@ def _real(mask: Any, size: int, past: int) -> Tensor | None:
         return mask[:, -size:].bool()
     diagonal = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)  # a token that is not padding sees itself
     return diagonal if mask.dtype == torch.bool else diagonal > torch.finfo(mask.dtype).min / 2
+
 
 def _ones(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     return torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.to(device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vtc.adapters.base import Adapter
 from vtc.boundary import (
@@ -162,6 +163,11 @@ class Interception:
             return None
         arguments = {**bind(module, args, kwargs), **call.layer_arguments}
         cut, state = self._cuts.get(number), call.state
+        if cut is not None:
+            _refuse_replays(module)
+            device = arguments["hidden_states"].device  # layers may be spread over several
+            call.stretches[-1] = call.stretches[-1].to(device)
+            call.places = None if call.places is None else call.places.to(device)
         if state is not None and any(part.first == number for part in state.parts[1:]):
             arguments = self._begin(call, call.stretches[-1].enter(number, state), arguments, None)
         if cut is not None and call.places is not None and any(call.left):
@@ -286,9 +292,7 @@ class Interception:
         stretch, shrink, hidden = self._drop(call, compressor, stretch, hidden, groups)
         return self._begin(call, stretch, {**arguments, "hidden_states": hidden}, shrink)
 
-    def _begin(
-        self, call: Call, stretch: Stretch, arguments: dict[str, Any], shrink: Shrink | None
-    ) -> dict[str, Any]:
+    def _begin(self, call: Call, stretch: Stretch, arguments: dict[str, Any], shrink: Shrink | None) -> dict[str, Any]:
         """From this layer on, layers see the tokens of `stretch`; returns the arguments of the first of them."""
         model, hidden, mask = self._adapter.language_model, arguments["hidden_states"], arguments.get("attention_mask")
         same = stretch.first == call.stretches[-1].first
@@ -383,3 +387,16 @@ class Interception:
                 x if x is None else full(x, stretch) for x, stretch in zip(states, ran, strict=True)
             )
         return output
+
+
+def _refuse_replays(layer: nn.Module) -> None:
+    """Raise if checkpointing would run the hooks of a decoder layer again in the backward pass, without their call."""
+    if (
+        layer.training
+        and getattr(layer, "gradient_checkpointing", False)
+        and "__call__" in vars(GradientCheckpointingLayer)
+    ):
+        raise VtcError(
+            "gradient checkpointing of this transformers release repeats the hooks of a layer in the backward pass, which "
+            "a compressor inside the language model cannot follow: use a newer release, or one that acts before it"
+        )
