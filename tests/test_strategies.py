@@ -498,8 +498,16 @@ def test_pool_keeps_separators_once_nothing_is_pooled(sizes: Layout) -> None:
 
 ALL = [
     "none", "random", "random:seed=5", "uniform", "pool", "fastervlm", "vtc-cls", "vtc-cls:renorm=true", "divprune",
-    "todre", "todre:objective=k-center", "todre:pivot=random", "todre:pivot=mean",
+    "todre", "todre:objective=k-center", "todre:pivot=random", "todre:pivot=mean", "holitom", "holitom:tau=-1.0",
+    "globalcom2", "globalcom2:formula=code", "globalcom2:formula=zscore,saliency=mean",
 ]  # fmt: skip
+
+
+SIZES = {str(grid): layout(grid) for grid in GRIDS + CLIPS} | LAYOUTS
+everywhere = pytest.mark.parametrize(
+    ("spec", "size"),
+    [(spec, size) for spec in ALL for size in SIZES if not (size == "tiles" and spec.startswith("globalcom2"))],
+)
 
 
 def sized(spec: str, keep: float) -> Compressor:
@@ -507,18 +515,17 @@ def sized(spec: str, keep: float) -> Compressor:
     return parse(spec if spec == "none" else f"{spec}{',' if ':' in spec else ':'}keep={keep}")
 
 
-def both(grid: tuple[int, int, int], kind: str = "gaussian", batch: int = 2, device: str = "cpu") -> Visual:
-    tokens = math.prod(grid)
+def both(grid: tuple[int, int, int] | Layout, kind: str = "gaussian", batch: int = 2, device: str = "cpu") -> Visual:
+    tokens = grid.tokens if isinstance(grid, Layout) else math.prod(grid)
     return view(
         grid, draw_features(kind, tokens, batch).to(device), draw_saliency(tokens, rows=3, batch=batch).to(device)
     )
 
 
-@pytest.mark.parametrize("spec", ALL)
-@pytest.mark.parametrize("grid", GRIDS + CLIPS)
-def test_exactly_the_budget_ascending_and_unique(grid: tuple[int, int, int], spec: str) -> None:
+@everywhere
+def test_exactly_the_budget_ascending_and_unique(spec: str, size: str) -> None:
     for kind in ("gaussian", "few signs"):
-        visual = both(grid, kind)
+        visual = both(SIZES[size], kind)
         for keep in [*range(1, visual.layout.tokens + 3), 0.01, 0.1, 0.5, 0.99, 1.0]:
             compressor = sized(spec, keep)
             index = compressor.select(visual).index
@@ -526,10 +533,9 @@ def test_exactly_the_budget_ascending_and_unique(grid: tuple[int, int, int], spe
             assert (index.diff(dim=1) > 0).all() and (index >= 0).all() and (index < visual.layout.tokens).all()
 
 
-@pytest.mark.parametrize("spec", ALL)
-@pytest.mark.parametrize("grid", GRIDS + CLIPS)
-def test_everything_fits_into_everything(grid: tuple[int, int, int], spec: str) -> None:
-    visual = both(grid)
+@everywhere
+def test_everything_fits_into_everything(spec: str, size: str) -> None:
+    visual = both(SIZES[size])
     for keep in (1.0,) if spec == "none" else (1.0, visual.layout.tokens, visual.layout.tokens + 1):
         assert picked(sized(spec, keep), visual) == [list(range(visual.layout.tokens))] * 2
 
@@ -556,7 +562,9 @@ def test_ties_go_to_the_lowest_index(spec: str) -> None:
     (0.125, 12, 2), (0.25, 576, 144), (0.1, 576, 58), (0.001, 576, 1), (1.0, 576, 576), (0.999, 576, 575),
     (1, 576, 1), (64, 576, 64), (600, 576, 576), (3, 2, 2),
 ])  # fmt: skip
-@pytest.mark.parametrize("spec", ["random", "uniform", "fastervlm", "vtc-cls", "divprune", "todre"])
+@pytest.mark.parametrize(
+    "spec", ["random", "uniform", "fastervlm", "vtc-cls", "divprune", "todre", "holitom", "globalcom2"]
+)
 def test_budget(spec: str, keep: float, tokens: int, count: int) -> None:
     """Halves round up, never to zero, never above the number of tokens."""
     assert sized(spec, keep).budget(layout((1, 1, tokens))) == count
@@ -592,7 +600,7 @@ def test_inputs_are_left_alone_and_answers_repeat(spec: str) -> None:
 def test_only_declared_needs_are_read(spec: str) -> None:
     compressor = sized(spec, 5)
     tensors = {"features": torch.randn(1, 25, 4), "saliency": torch.rand(1, 3, 25)}
-    declared = {"features": {"features"}, "saliency": {"cls", "received"}}
+    declared = {"features": {"features"}, "saliency": {"cls", "received", "logits"}}
     loaders = {name: (lambda x=x: x) for name, x in tensors.items() if declared[name] & compressor.needs}
     compressor.select(Visual(layout((1, 5, 5)), 1, torch.device("cpu"), loaders))  # type: ignore[arg-type]
 
@@ -665,7 +673,7 @@ def test_every_strategy_documents_itself(name: str) -> None:
 
 
 def test_positions_default_to_what_the_codes_before_the_language_model_do() -> None:
-    for name in ("fastervlm", "vtc-cls", "divprune", "todre", "random", "uniform", "pool"):
+    for name in ("fastervlm", "vtc-cls", "divprune", "todre", "random", "uniform", "pool", "holitom", "globalcom2"):
         assert strategy(name)().positions == "contiguous"
         assert strategy(name)(positions="original").positions == "original"
         assert strategy(name).site == "input"

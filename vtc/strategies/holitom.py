@@ -96,6 +96,8 @@ class HoliTom(Compressor):
     def select(self, visual: Visual) -> Selection:
         layout, device = visual.layout, visual.device
         budget = self.budget(layout)
+        if budget == layout.tokens:  # left alone also where the count depends on content
+            return Selection.keep(torch.arange(budget, device=device).expand(visual.inputs, -1), budget)
         if not layout.clip:
             return Selection.keep(top_k(visual.saliency[:, 0], budget), layout.tokens)
         frames = layout.grid[0]
