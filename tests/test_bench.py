@@ -116,7 +116,7 @@ def test_blind_prompts_have_no_visual_token(loaded: Any, items: list[scenes.Item
     for blind, count in ((False, TOKENS), (True, 0)):
         for batch in accuracy.batches(loaded[1], items, 8, blind=blind):
             assert ("pixel_values" in batch.inputs) is not blind
-            assert set(adapter.placeholders(batch.inputs["input_ids"], None).sum(1).tolist()) == {count}
+            assert set(adapter.placeholders(batch.inputs["input_ids"], None)["image"].sum(1).tolist()) == {count}
 
 
 def test_enough_tokens_for_the_longest_answer(loaded: Any, items: list[scenes.Item]) -> None:

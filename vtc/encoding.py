@@ -30,10 +30,12 @@ class Encoding:
     """One run of the encoder.
 
     Attributes:
+        features: what the encoder returned, per visual input.
         layouts: one per visual input.
         rows: saliency per encoder layer that was read, `(N_i,)` per visual input.
     """
 
+    features: Sequence[Tensor]
     layouts: Sequence[Layout]
     rows: Mapping[int, Sequence[Tensor]]
 
@@ -102,7 +104,7 @@ class EncoderWatch:
             finally:
                 self._local.inside = False
             if hasattr(output, "pooler_output"):  # a tuple that a caller asked for is not used by the model
-                setattr(output, _ATTRIBUTE, Encoding(layouts, rows))
+                setattr(output, _ATTRIBUTE, Encoding(list(output.pooler_output), layouts, rows))
                 self._notice(modality, output)
             return output
 

@@ -64,7 +64,8 @@ def visual_inputs(
     for modality, found in features.items():
         known = encoding_of(encoded[modality])
         here = rows[len(inputs.layouts) : len(inputs.layouts) + len(found)]
-        for feature, origin in zip(found, _origins(here, len(known.layouts), batch), strict=True):
+        origins = _same(encoded[modality].pooler_output, known.features) or _origins(here, len(known.layouts), batch)
+        for feature, origin in zip(found, origins, strict=True):
             layout = known.layouts[origin]
             if layout.tokens != len(feature):
                 raise VtcError(
@@ -79,7 +80,9 @@ def visual_inputs(
     return _join(inputs, first, last) if adapter.joined and len(spots) > 1 else inputs
 
 
-def _read(spots: Sequence[Tensor], batch: int, size: int, real: Tensor | None) -> tuple[list[int], list[int], list[int]]:
+def _read(
+    spots: Sequence[Tensor], batch: int, size: int, real: Tensor | None
+) -> tuple[list[int], list[int], list[int]]:
     """Real tokens per prompt, and the first and last flat place of each input's tokens."""
     device = spots[0].device
     filled = torch.full((batch,), size, device=device) if real is None else real.sum(1)
@@ -88,8 +91,15 @@ def _read(spots: Sequence[Tensor], batch: int, size: int, real: Tensor | None) -
     return read[:batch], read[batch::2], read[batch + 1 :: 2]
 
 
+def _same(features: Sequence[Tensor], encoded: Sequence[Tensor]) -> list[int]:
+    """Which run of the encoder each input comes from, if callers and `generate` hand on the very same tensors."""
+    numbers = {id(feature): number for number, feature in enumerate(encoded)}
+    found = [numbers.get(id(feature), -1) for feature in features]
+    return [] if -1 in found else found
+
+
 def _origins(rows: Sequence[int], encoded: int, batch: int) -> list[int]:
-    """Which run of the encoder each input comes from.
+    """Which run of the encoder each input comes from, if they are copies.
 
     Beam search and num_return_sequences repeat each prompt, with all its inputs, after the encoder ran.
 
