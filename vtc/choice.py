@@ -44,7 +44,7 @@ def choose(
     """
     alike: dict[tuple[Layout, int, int], list[int]] = {}
     for number, (layout, budget) in enumerate(zip(layouts, budgets, strict=True)):
-        if compressor.adaptive or budget < layout.tokens:
+        if budget < layout.tokens or (compressor.adaptive and layout.tokens):
             alike.setdefault((layout, budget, number if compressor.adaptive else -1), []).append(number)
 
     groups = []

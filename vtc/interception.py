@@ -294,7 +294,12 @@ class Interception:
 
     def _begin(self, call: Call, stretch: Stretch, arguments: dict[str, Any], shrink: Shrink | None) -> dict[str, Any]:
         """From this layer on, layers see the tokens of `stretch`; returns the arguments of the first of them."""
-        model, hidden, mask = self._adapter.language_model, arguments["hidden_states"], arguments.get("attention_mask")
+        model, hidden, cache = (
+            self._adapter.language_model,
+            arguments["hidden_states"],
+            arguments.get("past_key_values"),
+        )
+        mask, flat = arguments.get("attention_mask"), stretch.mask(len(hidden))
         same = stretch.first == call.stretches[-1].first
         call.stretches[-1 if same else len(call.stretches) :] = [stretch]
         if call.own_mask and shrink is not None and mask is not None:
@@ -303,9 +308,11 @@ class Interception:
             mask = create_causal_mask(
                 config=model.config,
                 inputs_embeds=hidden,
-                attention_mask=stretch.mask(len(hidden)),
-                past_key_values=arguments.get("past_key_values"),
+                attention_mask=flat,
+                past_key_values=cache,
                 layer_idx=stretch.first,
+                # To find out whether the mask hides anything, transformers would wait for the device.
+                allow_is_causal_skip=flat is None and not getattr(cache, "is_compileable", False),
             )
         rotation = arguments["position_embeddings"]
         if shrink is not None or stretch.renumbered:
@@ -354,7 +361,8 @@ class Interception:
             cache = next((item for item in output[1:] if hasattr(item, "get_seq_length")), None)
         else:
             cache = getattr(output, "past_key_values", None)
-        if cache is not None and any(stretch.dropped for stretch in stretches):
+        # Where a row of text is the longest, a batch is as long as before, but rows stand elsewhere.
+        if cache is not None and (call.state is not None or any(stretch.back is not None for stretch in stretches)):
             length = first.past + first.dropped - (0 if first.back is None else size - first.length)
             floor = stretches[-1].floor(length)
             if stretches[-1].back is None and call.state is not None:
