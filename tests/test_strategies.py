@@ -26,7 +26,7 @@ LAYOUTS = {
         57, (View(0, 3, 3), View(9, 6, 7, separators=1, crops=(2, 2), box=(0.125, 0.0, 0.875, 0.875)))
     ),
     "thumbnail and wide canvas": Layout(24, (View(0, 2, 2), View(4, 2, 9, separators=1, crops=(1, 4)))),
-    "canvas of the thumbnail's size": Layout(18, (View(0, 3, 3), View(9, 3, 3))),
+    "canvas of the thumbnail's size": Layout(21, (View(0, 3, 3), View(9, 3, 3, separators=1))),
     "tiles": Layout(36, tuple(View(9 * tile, 3, 3) for tile in range(4))),
     "clip and newline": Layout.frames(3, 2, 3, separators=1),
     "clip of one frame and two separators": Layout.frames(1, 2, 3, separators=2, clip=True),

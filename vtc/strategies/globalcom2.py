@@ -107,7 +107,7 @@ class GlobalCom2(Compressor):
             return self._frames(visual, cells, kept)
         if len(views) == 1:
             return top_k(self._score(visual, cells), kept)
-        if len(views) > 2:
+        if len(views) > 2 or (views[1].crops == (1, 1) and not views[1].separators):  # tiles, perhaps two of them
             raise UnsupportedModelError(
                 f"globalcom2 needs a thumbnail and a canvas of crops, but this image has {len(views)} views whose "
                 "places on a canvas are not known; 'fastervlm' and 'divprune' take any"
