@@ -9,6 +9,12 @@ SPECS = {
     "fastervlm": "fastervlm:keep=5",
     "fastervlm-last": "fastervlm:keep=0.3,layer=-1,positions=original",
     "fastervlm-received": "fastervlm:keep=5,saliency=received",
+    "globalcom2": "globalcom2:keep=5",
+    "globalcom2-code": "globalcom2:keep=9,formula=code,positions=original",
+    "globalcom2-mean": "globalcom2:keep=0.3,saliency=mean,formula=zscore",
+    "holitom": "holitom:keep=5",
+    "holitom-published": "holitom:keep=0.3,fill=False",
+    "holitom-static": "holitom:keep=6,tau=-1.0,positions=original",
     "none": "none",
     "pool": "pool:keep=6",
     "pool-overlap": "pool:keep=9,positions=original",
@@ -33,4 +39,11 @@ DECODER_SPECS = {
     "pyramiddrop-original": "pyramiddrop:keep=5,stages=1,positions=original",
     "todre-inner": "todre-inner",
     "todre-inner-tau": "todre-inner:tau=0.999",
+}
+
+# Several at once: each sees what the one before it left.
+COMPOSED = {
+    "uniform+fastv": ("uniform:keep=9", "fastv:keep=4,layer=2"),
+    "pool+pyramiddrop": ("pool:keep=9", "pyramiddrop:keep=3,stages=2"),
+    "todre+todre-inner": ("todre:keep=6", "todre-inner"),
 }

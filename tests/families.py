@@ -102,6 +102,8 @@ class Family:
         side: edge of one view in pixels, for encoders of fixed views.
         sizes: what images have for a size, in turns: `(height, width)`, or tiles, or a grid of patches.
         frames: number of frames of a clip; none if the family takes no clips.
+        class_token: whether the encoder has one.
+        deep: behind how many decoder layers the model adds visual features.
     """
 
     name: str
@@ -109,6 +111,8 @@ class Family:
     side: int = 56
     sizes: tuple[Any, ...] = (None,)
     frames: int = 0
+    class_token: bool = False
+    deep: int = 0
 
     @property
     def shapes(self) -> dict[str, tuple[tuple[str, ...], ...]]:
@@ -321,10 +325,11 @@ def _shared(name: str, attention: str, dtype: torch.dtype) -> Any:
 
 # ------------------------------------------------------------------------------------------------- configurations
 
+LAYERS = 4
 WIDTH: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 128,
@@ -425,7 +430,7 @@ def qwen2_5_vl() -> Any:
         "intermediate_size": 64,
         "patch_size": 4,
         "window_size": 16,  # two by two tokens
-        "fullatt_block_indexes": [1],
+        "fullatt_block_indexes": [2],  # as in the checkpoints, the last layer is one of them
     }
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     text = {**WIDTH, "rope_parameters": rope}
@@ -451,7 +456,7 @@ def qwen3_vl() -> Any:
 
 
 def internvl() -> Any:
-    vision = {**TOWER, "image_size": [84, 84], "patch_size": [14, 14]}
+    vision = {**TOWER, "image_size": [112, 112], "patch_size": [14, 14]}
     config = transformers.InternVLConfig(
         vision_config=vision, text_config=qwen2(), image_token_id=IMAGE, downsample_ratio=0.5
     )
@@ -462,10 +467,23 @@ GRIDS = ((1, 8, 8), (1, 6, 10), (1, 10, 4))  # patches, of which two by two make
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llava", llava),
+        Family("llava", llava, class_token=True),
         Family("llava-siglip", llava_siglip),
-        AnyRes("llava-next", llava_next, sizes=((40, 90), (90, 100), (100, 30)), pinpoints=pinpoints(56)),
-        AnyRes("llava-next-video", llava_next_video, sizes=((40, 90), (90, 100)), pinpoints=pinpoints(56), frames=4),
+        AnyRes(
+            "llava-next",
+            llava_next,
+            sizes=((40, 90), (90, 100), (100, 30)),
+            pinpoints=pinpoints(56),
+            class_token=True,
+        ),
+        AnyRes(
+            "llava-next-video",
+            llava_next_video,
+            sizes=((40, 90), (90, 100)),
+            pinpoints=pinpoints(56),
+            frames=4,
+            class_token=True,
+        ),
         OneVision(
             "llava-onevision",
             llava_onevision,
@@ -476,7 +494,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Qwen("qwen2vl", qwen2_vl, sizes=GRIDS, frames=3),
         Qwen("qwen25vl", qwen2_5_vl, sizes=GRIDS, frames=3, timed=True),
-        Qwen("qwen3vl", qwen3_vl, sizes=GRIDS, frames=3, stamped=True),
-        Tiles("internvl", internvl, side=84, sizes=(1, 3, 2), frames=3),
+        Qwen("qwen3vl", qwen3_vl, sizes=GRIDS, frames=3, stamped=True, deep=2),
+        Tiles("internvl", internvl, side=112, sizes=(1, 3, 2), frames=3, class_token=True),
     )
 }
