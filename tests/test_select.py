@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vtc.select import centres, fit_grid, k_center, max_sum, most_isolated, others, shuffled, top_k, unit
+from vtc.select import centres, distinct, fit_grid, k_center, max_sum, most_isolated, others, shuffled, top_k, unit
+from vtc.visual import Layout
 
 # Signs in 16 dimensions: lengths, cosines and their sums are exact in float32, so ties are ties.
 EXACT = 16
@@ -195,3 +196,12 @@ def test_ties_are_the_same_on_a_gpu() -> None:
     assert torch.equal(shuffled(700, 3, torch.device("cuda")).cpu(), shuffled(700, 3))
     score = torch.randint(0, 9, (2, 700)).float()
     assert torch.equal(top_k(score.cuda(), 200).cpu(), top_k(score, 200))
+
+
+def test_separators_are_copies_of_the_first() -> None:
+    canvas = Layout(4 + 3 * 3, (View(0, 2, 2), View(4, 3, 2, separators=1)))
+    own, copies = distinct(canvas)
+    assert own.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11] and copies.tolist() == [9, 12]
+    for one_or_none in (Layout.frames(2, 2, 2), Layout.frames(2, 2, 2, separators=1)):
+        own, copies = distinct(one_or_none)
+        assert own.tolist() == list(range(one_or_none.tokens)) and not len(copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -692,3 +693,25 @@ def test_a_gpu_chooses_the_same_without_waiting(spec: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     assert torch.equal(selection.index.cpu(), expected.index)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5, 9, 12, 15])
+@pytest.mark.parametrize("seed", range(4))
+def test_divprune_with_copies_of_a_separator(keep: int, seed: int) -> None:
+    """As the formula has it, with a distance of zero between copies, however their dot products are rounded."""
+    layout = Layout(4 + 3 * 4, (View(0, 2, 2), View(4, 3, 3, separators=1)))
+    rows = torch.randn(2, 16, 7, generator=torch.Generator().manual_seed(seed))
+    rows[:, [7, 11, 15]] = rows[:, [7]]
+    visual = Visual(layout, 2, rows.device, {"features": lambda: rows}, keep)
+    kept = parse(f"divprune:keep={keep}").select(visual).index
+    for features, found in zip(rows.double(), kept.tolist(), strict=True):
+        unit_rows = features / features.norm(dim=1, keepdim=True)
+        distance = 1 - unit_rows @ unit_rows.T
+        for a, b in itertools.product((7, 11, 15), repeat=2):
+            distance[a, b] = 0
+        nearest = distance.clone().fill_diagonal_(9).min(1).values
+        chosen = [int(nearest.argmax())]
+        while len(chosen) < keep:
+            left = [i for i in range(16) if i not in chosen]
+            chosen.append(max(left, key=lambda i: (float(distance[i, chosen].min()), -i)))
+        assert sorted(chosen) == found

@@ -19,6 +19,7 @@ from vtc.visual import Layout, View
 __all__ = [
     "centres",
     "density_peaks",
+    "distinct",
     "dpp",
     "fit_grid",
     "full_precision",
@@ -86,6 +87,18 @@ def proportional(total: int, sizes: Sequence[int]) -> list[int]:
     for i in first[: total - sum(parts)]:
         parts[i] += 1
     return parts
+
+
+def distinct(layout: Layout, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """`(n,)` and `(r,)`: tokens of a layout that differ, ascending, and the separators that only repeat the first one.
+
+    Separators are copies, but their dot products with other tokens are not: the last bit depends on where they stand.
+    """
+    if layout.tokens - sum(view.rows * view.columns for view in layout.views) < 2:
+        every = torch.arange(layout.tokens, device=device)
+        return every, every[:0]
+    breaks = separators(layout, device)
+    return others(breaks[1:], layout.tokens), breaks[1:]
 
 
 def fit_grid(rows: int, columns: int, k: int) -> tuple[int, int]:

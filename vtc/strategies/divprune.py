@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from vtc.compressor import Compressor, register
-from vtc.select import k_center
+from vtc.select import distinct, k_center, most_isolated
 from vtc.selection import Selection
 from vtc.visual import Visual
 
@@ -19,12 +21,14 @@ class DivPrune(Compressor):
     The distance of two tokens is one minus the cosine of their features. The first survivor is the token whose nearest
     other token is the farthest away; then, again and again, the token farthest from its nearest survivor. Neither the
     question nor the encoder's attention is looked at. Separators such as newlines are candidates like any other token;
-    as they are all alike, hardly more than one of them survives.
+    as they are copies of one, a second one survives only when nothing else is left.
 
     DivPrune (arXiv 2503.02175). Written from the paper's formulas. Where the official code differs:
 
     - It can take the same token twice when all that is left has distance zero; here a survivor is out of the game, so
       that exactly `keep` distinct tokens survive, lowest index first among equals.
+    - It measures the distance of two copies, which rounding makes now zero and now not; here copies of a separator are
+      left out until the end, and the first survivor is never one of them, as if that distance were always zero.
     - It compares features in the model's precision and holds all pairwise distances; here distances are float32, and
       one row of them is computed per choice.
 
@@ -41,4 +45,14 @@ class DivPrune(Compressor):
         return frozenset({"features"})
 
     def select(self, visual: Visual) -> Selection:
-        return Selection.keep(k_center(visual.features, self.budget(visual.layout)), visual.layout.tokens)
+        layout, rows = visual.layout, visual.features  # (B, N, D)
+        budget = self.budget(layout)
+        own, copies = distinct(layout, rows.device)
+        start = None
+        if len(copies):
+            # With one copy beside it, the separator is not isolated, and all other tokens have the neighbours they had.
+            start = most_isolated(rows[:, torch.cat([own, copies[:1]])]).clamp(max=len(own) - 1)
+            rows = rows[:, own]
+        index = own[k_center(rows, min(budget, len(own)), start)]
+        rest = copies[: max(0, budget - len(own))].expand(visual.inputs, -1)
+        return Selection.keep(torch.cat([index, rest], dim=1), layout.tokens)

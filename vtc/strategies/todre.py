@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vtc.compressor import Compressor, register
-from vtc.select import full_precision, k_center, max_sum, shuffled, unit
+from vtc.select import distinct, full_precision, k_center, max_sum, shuffled, unit
 from vtc.selection import Selection
 from vtc.visual import Encoder, Visual
 
@@ -21,13 +22,15 @@ class ToDRE(Compressor):
     This is the first stage of ToDRE, which acts before the language model. The pivot is the token with the highest
     head-averaged attention from [CLS] in the encoder's last layer. Then, again and again, the token whose cosine
     similarities to all survivors have the smallest sum survives; features are the projected ones. The question is not
-    looked at. Separators such as newlines are candidates like any other token.
+    looked at.
 
     ToDRE (arXiv 2505.18757). No official code was found. What the paper leaves open, and what is done here:
 
     - The order of the survivors: raster order. Their positions: contiguous by default, as in the other methods that act
       before the language model.
     - Treatment of heads in the pivot's attention: their mean. Ties: the lowest index.
+    - Separators such as newlines, which are copies of one token: the first is a candidate, the others survive only when
+      nothing else is left.
     - For multi-crop images the paper takes the pivot from the thumbnail; here from all tokens of the image. For clips
       both take the best of all frames.
 
@@ -55,17 +58,21 @@ class ToDRE(Compressor):
         return (encoder.depth - 1,)
 
     def select(self, visual: Visual) -> Selection:
-        rows = visual.features  # (B, N, D)
+        layout, rows = visual.layout, visual.features  # (B, N, D)
+        budget = self.budget(layout)
+        own, copies = distinct(layout, rows.device)
+        rows = rows if not len(copies) else rows[:, own]
         greedy = max_sum if self.objective == "max-sum" else k_center
-        index = greedy(rows, self.budget(visual.layout), self._pivot(visual, rows))
-        return Selection.keep(index, visual.layout.tokens)
+        index = own[greedy(rows, min(budget, len(own)), self._pivot(visual, rows, own))]
+        rest = copies[: max(0, budget - len(own))].expand(visual.inputs, -1)
+        return Selection.keep(torch.cat([index, rest], dim=1), layout.tokens)
 
-    def _pivot(self, visual: Visual, rows: Tensor) -> Tensor:
-        """`(B,)`: the first survivor."""
+    def _pivot(self, visual: Visual, rows: Tensor, own: Tensor) -> Tensor:
+        """`(B,)`: the first survivor, as a place in `rows` `(B, n, D)`, which are the tokens `own`."""
         if self.pivot == "random":
             return shuffled(rows.shape[1], self.seed, rows.device)[:1].expand(rows.shape[0])
         if self.pivot == "mean":
-            mean = unit(visual.features.float().mean(dim=1, keepdim=True))  # (B, 1, D)
+            mean = unit(rows.float().mean(dim=1, keepdim=True))  # (B, 1, D)
             with full_precision(rows.device):
                 return (unit(rows) @ mean.mT).squeeze(2).argmax(dim=1)
-        return visual.saliency[:, 0].argmax(dim=1)
+        return visual.saliency[:, 0, own].argmax(dim=1)
