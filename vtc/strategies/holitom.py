@@ -30,11 +30,12 @@ class HoliTom(Compressor):
        The clip is cut into the segments for which static places, had they one token per segment, save the most tokens
        (dynamic programming over all segmentations; of equal ones those with the shorter last segment win).
     2. In each segment, a static place becomes the mean of its frames, which stands in the first of them. All else is
-       dynamic. If `R` tokens are saved, a share `r' = K / (N - R)` of either kind can stay.
-    3. Dynamic tokens stay if they have the largest saliency of their frame. Static ones are clustered by density peaks
-       (7 neighbours); a centre becomes `beta` of itself and `1 - beta` of the mean of the others in its cluster.
+       dynamic. If `R` of `N` tokens are saved, a share `r' = K / (N - R)` of either kind can stay.
+    3. Dynamic tokens stay if they have the largest saliency of their frame: the attention they get on average in the
+       encoder layer that the features come from. Static ones are clustered by density peaks (7 neighbours, or as many
+       as clusters if those are fewer); a centre becomes `beta` of itself and `1 - beta` of the mean of the others.
 
-    Exactly `keep` tokens survive: the static places of each segment and the dynamic tokens of each frame get their
+    Exactly `keep` tokens survive, which is not as published: the static places of each segment and the dynamic tokens of each frame get their
     share of the budget by largest remainder, static ones first among equals, then earlier ones. Where merging alone
     leaves fewer than the budget, static tokens that are least like the frame before stay out of their mean and survive
     on their own. With `fill=False` the number depends on content as published: the share of dynamic tokens is rounded
