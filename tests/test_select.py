@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vtc.select import centres, distinct, fit_grid, k_center, max_sum, most_isolated, others, shuffled, top_k, unit
-from vtc.visual import Layout
+from vtc.visual import Layout, View
 
 # Signs in 16 dimensions: lengths, cosines and their sums are exact in float32, so ties are ties.
 EXACT = 16
