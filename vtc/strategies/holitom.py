@@ -35,12 +35,12 @@ class HoliTom(Compressor):
        encoder layer that the features come from. Static ones are clustered by density peaks (7 neighbours, or as many
        as clusters if those are fewer); a centre becomes `beta` of itself and `1 - beta` of the mean of the others.
 
-    Exactly `keep` tokens survive, which is not as published: the static places of each segment and the dynamic tokens of each frame get their
-    share of the budget by largest remainder, static ones first among equals, then earlier ones. Where merging alone
-    leaves fewer than the budget, static tokens that are least like the frame before stay out of their mean and survive
-    on their own. With `fill=False` the number depends on content as published: the share of dynamic tokens is rounded
-    up, that of static ones to the nearest (halves to even), and a clip that merges to less than the budget stays short;
-    one token survives at least.
+    Exactly `keep` tokens survive, which is not as published: the static places of each segment and the dynamic tokens
+    of each frame get their share of the budget by largest remainder, static ones first among equals, then earlier ones.
+    Where merging alone leaves fewer than the budget, static tokens that are least like the frame before stay out of
+    their mean and survive on their own. With `fill=False` the number depends on content as published: the share of
+    dynamic tokens is rounded up, that of static ones to the nearest (halves to even), and a clip that merges to less
+    than the budget stays short; one token survives at least.
 
     Of an image, or any input that is no clip, the tokens of largest saliency are kept. Separators after the last frame,
     such as the newline that ends a clip, survive if the budget has room for more than them, and count in it; with
