@@ -169,7 +169,8 @@ def _projected(cut: Cut) -> int:
     return cut.width * (cut.attended + (cut.before + cut.text) * cut.keyed)
 
 
-# Multiply-adds per cut, by strategy with its default options. Sorting and indexing are not counted.
+# Multiply-adds per cut, by strategy with its default options. Sorting and indexing are not counted; strategies whose
+# work depends on what is seen, such as `holitom`, have no closed form.
 SELECTION: dict[str, tuple[Callable[[Cut], int], ...]] = {
     "none": (),
     "random": (),
@@ -177,6 +178,7 @@ SELECTION: dict[str, tuple[Callable[[Cut], int], ...]] = {
     "pool": (_merged,),
     "fastervlm": (_row,),
     "vtc-cls": (_rows,),
+    "globalcom2": (_row,),
     "divprune": (_pairs, _chosen),
     "todre": (_row, _chosen),
     "todre-inner": (),

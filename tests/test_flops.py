@@ -25,10 +25,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+import vtc
 from families import FAMILIES, Shown
 from vtc.errors import UnsupportedModelError, VtcError
 from vtc.eval import checkpoints, flops
-from vtc.eval.estimate import Cut, estimate, parse_schedule, selection, table
+from vtc.eval.estimate import SELECTION, Cut, estimate, parse_schedule, selection, table
 
 SIZES = dict(vocab_size=320, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6)
 DECODERS = {
@@ -432,6 +433,10 @@ def test_selection_is_counted_where_tokens_drop() -> None:
     assert cost("2:576,30:288") == cost("32:288") == 580 * 4096, "between two layers, or in front of the first"
     assert cost("8:576,8:288,16:144") == (580 + 292) * 4096
     assert cost("32:576") == 0
+
+
+def test_only_strategies_have_a_selection_to_count() -> None:
+    assert set(SELECTION) <= set(vtc.available())
 
 
 def test_estimate_as_plain_data() -> None:
