@@ -268,6 +268,7 @@ OTHER_TABLES = [
     ("3.82", "three_matrix", "macs", "llava-1.5-7b", 576, 0),
     ("7.63", "three_matrix", "flops", "llava-1.5-7b", 576, 0),  # YOPO
     ("14.89", "three_matrix", "flops", "llava-1.5-13b", 576, 0),  # YOPO
+    ("41.7", "three_matrix", "flops", "llava-next-7b", 2880, 0),  # GlobalCom2, CDPruner
     ("99.63", "llm_viewer", "flops", "llava-onevision-7b", 6272, 100),  # AIM, this and all below
     ("46.48", "llm_viewer", "flops", "llava-onevision-7b", 32 * 98, 100),
     ("22.90", "llm_viewer", "flops", "llava-onevision-7b", 32 * 49, 100),
