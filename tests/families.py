@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -366,17 +366,12 @@ def pinpoints(side: int) -> tuple[tuple[int, int], ...]:
     return ((side, 2 * side), (2 * side, side), (2 * side, 2 * side))
 
 
-def llava() -> Any:
-    config = transformers.LlavaConfig(vision_config=clip_tower(56), text_config=llama(), image_token_id=IMAGE)
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def llava_siglip() -> Any:
+def llava(tower: Any = clip_tower, text: Any = llama) -> Any:
     config = transformers.LlavaConfig(
-        vision_config=siglip_tower(56),
-        text_config=qwen2(),
+        vision_config=tower(56),
+        text_config=text(),
         image_token_id=IMAGE,
-        vision_feature_select_strategy="full",
+        vision_feature_select_strategy="default" if tower is clip_tower else "full",
     )
     return transformers.LlavaForConditionalGeneration(config)
 
@@ -468,7 +463,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("llava", llava, class_token=True),
-        Family("llava-siglip", llava_siglip),
+        Family("llava-siglip", partial(llava, siglip_tower, qwen2)),
         AnyRes(
             "llava-next",
             llava_next,

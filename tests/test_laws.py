@@ -273,15 +273,15 @@ def test_law_7_no_memory(case: Case) -> None:
         other_expected = other(**other_inputs).logits
 
     with vtc.compress(model, case.specs), vtc.compress(other, "random:keep=3"):
-        for number in (0, 1, 0, 2, 1):
+        for number in (0, 1, 0):
             assert torch.equal(model(**inputs[number]).logits, expected[number])
-            assert torch.equal(other(**other_inputs).logits, other_expected)
+        assert torch.equal(other(**other_inputs).logits, other_expected)
 
         wrong: list[int] = []
 
         def work(number: int) -> None:
             with torch.no_grad():
-                for _ in range(4):
+                for _ in range(2):
                     if not torch.equal(model(**inputs[number]).logits, expected[number]):
                         wrong.append(number)
 
@@ -422,18 +422,18 @@ def test_law_8_an_interrupted_call_leaves_nothing_behind(spec: str, family: Fami
         raise KeyboardInterrupt
 
     with vtc.compress(model, spec):
-        expected = model(**inputs).logits
+        expected, held = model(**inputs).logits, []
         for layer in model.model.language_model.layers[1:]:
             handle = layer.register_forward_hook(interrupt)
             copies = {name: value.clone() for name, value in inputs.items()}
-            held = weakref.ref(copies["input_ids"])
+            held.append(weakref.ref(copies["input_ids"]))
             with pytest.raises(KeyboardInterrupt):
                 model(**copies)
             handle.remove()
             assert torch.equal(model(**inputs).logits, expected)
             del copies
-            gc.collect()
-            assert held() is None
+        gc.collect()
+        assert [tensor() for tensor in held] == [None] * 3
 
 
 @torch.no_grad()
