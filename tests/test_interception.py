@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 import vtc
 from models import GREEDY, IMAGE, TOKENS, batch, llava, make_llava
 from vtc import adapters
-from vtc.kernels.received.naive import BLOCK
+from vtc.kernels.received import naive as naive_received
 from vtc.saliency import class_attention, class_logits, received_attention
 
 SPECS = ["fastervlm:keep=5", "divprune:keep=5,positions=original", "pool:keep=6"]
@@ -342,8 +342,10 @@ def test_rows_do_not_follow_a_callers_autocast() -> None:
             assert torch.equal(row(query, key, 0.5), expected)
 
 
-def test_blocked_received_attention_is_the_mean_of_the_map() -> None:
-    for length in (1, 5, BLOCK, BLOCK + 1, 2 * BLOCK + 7):
+@pytest.mark.parametrize("alive", [1, 100, 1000, 2**20])  # rows of blocks: one, some, all of one input, all of both
+def test_blocked_received_attention_is_the_mean_of_the_map(alive: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(naive_received, "ALIVE_IN_CACHE", alive)
+    for length in (1, 5, 8, 21):
         query, key = torch.randn(2, 2, length, 2, 4).unbind()
         logits = query.double().transpose(1, 2) @ key.double().permute(0, 2, 3, 1) * 0.5  # (B, heads, S, S)
         maps = logits.softmax(-1).mean(1)  # (B, S, S)
