@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import vtc
 from vtc import adapters, zoo
-from vtc.compressor import Compressor, available, parse
+from vtc.compressor import Compressor, as_compressors, available, parse
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.eval import accuracy, flops, latency, scenes
 
@@ -69,12 +69,16 @@ class Options:
 class Setting:
     """One line of the comparison."""
 
-    name: str  # "none", "blind", or the strategy
-    compressor: Compressor | None = None
+    name: str  # "none", "blind", or the strategies
+    compressors: tuple[Compressor, ...] = ()  # the budgets vary that of the first
 
     @property
     def spec(self) -> str:
-        return self.name if self.compressor is None else str(self.compressor)
+        return "+".join(str(one) for one in self.compressors) or self.name
+
+    @property
+    def compressor(self) -> Compressor | None:
+        return self.compressors[0] if self.compressors else None
 
     @property
     def blind(self) -> bool:
@@ -88,7 +92,7 @@ class Setting:
 
     def on(self, model: Any) -> AbstractContextManager[Any]:
         """The context in which `model` is compressed like this."""
-        return nullcontext() if self.compressor is None else vtc.compress(model, self.compressor)
+        return vtc.compress(model, self.compressors) if self.compressors else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -124,41 +128,44 @@ def settings(options: Options) -> list[Setting]:
         raise SpecError("--keep names no budget: give at least one, for example 0.25")
     specs = options.specs or tuple(name for name in available() if name != "none")
     asked = [one for spec in specs for one in _expand(spec, options.keeps, options.seed)]
-    keeps = _distinct([one.keep for one in asked if one.keep]) or options.keeps  # baselines keep something
+    keeps = _distinct([one[0].keep for one in asked if one[0].keep]) or options.keeps  # baselines keep something
     usual = [one for name in BASELINES for one in _expand(name, keeps, options.seed)]
     found: dict[str, Setting] = {}
-    for compressor in [*asked, *usual]:
+    for compressors in [*asked, *usual]:
         if options.positions is not None:
-            compressor = replace(compressor, positions=options.positions)
-        found.setdefault(str(compressor), Setting(compressor.name, compressor))
+            compressors = tuple(replace(one, positions=options.positions) for one in compressors)
+        setting = Setting("+".join(one.name for one in compressors), compressors)
+        found.setdefault(setting.spec, setting)
     order = _distinct([setting.name for setting in found.values()])
     compressed = sorted(found.values(), key=lambda setting: order.index(setting.name))  # stable
     return [Setting("none"), Setting("blind"), *compressed]
 
 
-def budgets(spec: str, keeps: Sequence[int | float]) -> list[Compressor]:
-    """One compressor per budget, or the one that `spec` asks for itself; without `keeps`, the strategy's default.
+def budgets(spec: str, keeps: Sequence[int | float]) -> list[tuple[Compressor, ...]]:
+    """The compressors of `spec` once per budget of the first, or as the spec asks itself; without `keeps`, the default.
 
     A strategy that by default keeps nothing has no budget to vary.
     """
-    compressor = parse(spec)
-    if "keep" in _named(spec) or not keeps or compressor.keep == 0:
-        return [compressor]
-    return [replace(compressor, keep=keep) for keep in keeps]
+    first, *others = as_compressors(spec)
+    if "keep" in _named(spec) or not keeps or first.keep == 0:
+        return [(first, *others)]
+    return [(replace(first, keep=keep), *others) for keep in keeps]
 
 
-def _expand(spec: str, keeps: Sequence[int | float], seed: int) -> list[Compressor]:
+def _expand(spec: str, keeps: Sequence[int | float], seed: int) -> list[tuple[Compressor, ...]]:
     """The settings that a spec stands for: its budgets, and several seeds of `random` unless it names one."""
-    if parse(spec).name == "none":
+    if as_compressors(spec)[0].name == "none":
         return []  # every run has it
     found = budgets(spec, keeps)
-    if found[0].name != "random" or "seed" in _named(spec):
+    first = found[0][0]
+    if first.name != "random" or "seed" in _named(spec):
         return found
-    return [parse(f"{one},seed={seed + k}") for one in found for k in range(SEEDS)]
+    return [(parse(f"{one},seed={seed + k}"), *others) for one, *others in found for k in range(SEEDS)]
 
 
 def _named(spec: str) -> set[str]:
-    return {part.partition("=")[0].strip() for part in spec.partition(":")[2].split(",")}
+    """The keys that the first compressor of a spec is given."""
+    return {part.partition("=")[0].strip() for part in spec.partition("+")[0].partition(":")[2].split(",")}
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:
@@ -179,16 +186,17 @@ def sizes(model: Any, setting: Setting, inputs: dict[str, torch.Tensor]) -> Size
     after = before if report is None else report.tokens_out
     config: Any = adapter.multimodal.config
     text = adapter.text_config
+    lengths = [run.length] * text.num_hidden_layers if report is None else report.lengths
     return Sizes(
         tokens_in=before,
         tokens_out=after,
         sequence_in=inputs["input_ids"].shape[1],
-        sequence_out=run.length,
+        sequence_out=lengths[-1],
         encoder_flops=flops.encoder_flops(config.vision_config, images=run.images),
         projector_flops=flops.projector_flops(config, before),
-        prefill_flops=flops.prefill_flops(text, run.length),
-        decode_flops=flops.decode_flops(text, run.length + 1),
-        kv_cache_bytes=flops.kv_cache_bytes(text, run.length, model.dtype),
+        prefill_flops=flops.prefill_flops(text, lengths),
+        decode_flops=flops.decode_flops(text, [length + 1 for length in lengths]),
+        kv_cache_bytes=flops.kv_cache_bytes(text, lengths, model.dtype),
     )
 
 

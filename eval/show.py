@@ -33,15 +33,15 @@ def show(
 
     `options.keeps` are the budgets of specs that do not name their own; empty for each strategy's default.
     """
-    plan = {str(one): one for spec in specs for one in budgets(spec, options.keeps)}
+    plan = {"+".join(map(str, one)): one for spec in specs for one in budgets(spec, options.keeps)}
     original = open_image(image)
     if max_new_tokens < 1:
         raise VtcError(f"--max-new-tokens is {max_new_tokens}; use at least 1")
     if out.suffix.lower() not in Image.registered_extensions():
         raise VtcError(f"--out {out} does not end like a picture; use for example {out.with_suffix('.png')}")
     model, processor = load_model(options)
-    for compressor in plan.values():
-        vtc.compress(model, compressor).remove()  # refuses what this model cannot do, before anything is generated
+    for compressors in plan.values():
+        vtc.compress(model, compressors).remove()  # refuses what this model cannot do, before anything is generated
 
     inputs = accuracy.to_device(accuracy.process(processor, [question], [original]), model)
 
@@ -53,8 +53,8 @@ def show(
     fit: picture.Fit = "crop" if getattr(processor.image_processor, "do_center_crop", False) else "resize"
     answers = {"all tokens": answer()}
     panels, captions = [picture.enlarge(original)], [f"{question}\nall tokens: {answers['all tokens']}"]
-    for spec, compressor in plan.items():
-        with vtc.compress(model, compressor) as session:
+    for spec, compressors in plan.items():
+        with vtc.compress(model, compressors) as session:
             answers[spec] = answer()
         report = session.last
         if report is None:

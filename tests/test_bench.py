@@ -278,6 +278,14 @@ def test_no_setting_occurs_twice() -> None:
     assert len(found) == len(set(found)) == 2 + 2 * 3 + 2 * 2
 
 
+def test_specs_are_composed_and_the_first_budget_varies() -> None:
+    found = specs(specs=("divprune+fastv:layer=1,keep=0.5",), keeps=(0.5, 9))
+    assert [spec for spec in found if "fastv" in spec] == [
+        "divprune:keep=0.5+fastv:keep=0.5,layer=1",
+        "divprune:keep=9+fastv:keep=0.5,layer=1",
+    ]
+
+
 def test_a_spec_with_its_own_keep_keeps_it() -> None:
     found = specs(specs=("fastervlm:keep=7", "divprune"), keeps=(0.5,))
     assert "fastervlm:keep=7" in found and "fastervlm:keep=0.5" not in found and "divprune:keep=0.5" in found

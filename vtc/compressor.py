@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -223,8 +224,11 @@ def parse(spec: str) -> Compressor:
 
 
 def as_compressors(spec: str | Compressor | Iterable[str | Compressor]) -> tuple[Compressor, ...]:
-    """What `vtc.compress` accepts, as a tuple of compressors."""
-    items = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
+    """What `vtc.compress` accepts, as a tuple of compressors. A string may hold several specs, joined by `+`."""
+    given = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
+    items: list[Any] = []
+    for item in given:
+        items += re.split(r"\+(?=\s*[a-zA-Z])", item) if isinstance(item, str) else [item]
     if not items:
         raise SpecError("no compressor given: name at least one, for example 'fastervlm:keep=64'")
     for item in items:

@@ -45,8 +45,8 @@ class Report:
         modalities: per visual input, `"image"` or `"video"`.
         stages: what each compressor did, in the order in which they act.
         prompts: number of prompts in the batch.
-        sequence_in, sequence_out: length of the (padded) prompt, text included, before the first compressor and after
-            the last.
+        sequence_in: length of the (padded) prompt, text included, before compression.
+        lengths: the same in each decoder layer.
         prefill_flops, prefill_flops_full: FLOPs of the language model's prefill at these lengths, for the whole batch;
             a multiply-add counts as two (see `vtc.eval.flops`).
     """
@@ -59,7 +59,7 @@ class Report:
     stages: tuple[StageReport, ...]
     prompts: int
     sequence_in: int
-    sequence_out: int
+    lengths: tuple[int, ...]
     prefill_flops: int
     prefill_flops_full: int
     fit: Literal["crop", "resize"] = field(default="crop", repr=False)
@@ -73,6 +73,11 @@ class Report:
     def tokens_out(self) -> int:
         """Visual tokens of the call after compression, all visual inputs together."""
         return sum(len(kept) for kept in self.kept)
+
+    @property
+    def sequence_out(self) -> int:
+        """Length of the (padded) prompt in the last decoder layer."""
+        return self.lengths[-1]
 
     def __str__(self) -> str:
         ratio = self.prefill_flops / self.prefill_flops_full
@@ -88,7 +93,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready data."""
-        return {**asdict(self), "tokens_in": self.tokens_in, "tokens_out": self.tokens_out}
+        sizes = {"tokens_in": self.tokens_in, "tokens_out": self.tokens_out, "sequence_out": self.sequence_out}
+        return {**asdict(self), **sizes}
 
     def show(self, image: Image, number: int = 0, fit: Literal["crop", "resize"] | None = None) -> Image:
         """A picture of what survived: dropped patches dimmed, merged groups outlined.
@@ -136,7 +142,7 @@ def make_report(spec: str, record: Record, adapter: Adapter) -> Report:
         stages=tuple(stages),
         prompts=record.prompts,
         sequence_in=record.sequence,
-        sequence_out=lengths[-1],
+        lengths=tuple(lengths),
         prefill_flops=record.prompts * prefill_flops(adapter.text_config, lengths),
         prefill_flops_full=record.prompts * prefill_flops(adapter.text_config, record.sequence),
         fit=adapter.fit,
