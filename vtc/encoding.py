@@ -22,7 +22,7 @@ from vtc.saliency import Tap
 from vtc.visual import Layout
 
 MODALITIES = ("image", "video")
-_ATTRIBUTE = "vtc_encoding"
+_KEY = "vtc_encoding"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Encoding:
 
 def encoding_of(output: Any) -> Encoding:
     """What is known about this output of the encoder."""
-    encoding = getattr(output, _ATTRIBUTE, None)
+    encoding = getattr(output, _KEY, None)
     if encoding is None:
         raise VtcError(
             "these image features cannot be compressed: they were computed before vtc.compress(model, ...), or split "
@@ -104,7 +104,8 @@ class EncoderWatch:
             finally:
                 self._local.inside = False
             if hasattr(output, "pooler_output"):  # a tuple that a caller asked for is not used by the model
-                setattr(output, _ATTRIBUTE, Encoding(list(output.pooler_output), layouts, rows))
+                # An item, not just an attribute: accelerate takes outputs apart into their items and builds them anew.
+                output[_KEY] = Encoding(list(output.pooler_output), layouts, rows)
                 self._notice(modality, output)
             return output
 

@@ -76,7 +76,7 @@ def visual_inputs(
             inputs.modalities.append(modality)
             inputs.features.append(feature)
             for layer, scores in known.rows.items():
-                inputs.rows.setdefault(layer, []).append(scores[origin])
+                inputs.rows.setdefault(layer, []).append(scores[origin].to(feature.device))
     return _join(inputs, first, last) if adapter.joined and len(spots) > 1 else inputs
 
 
