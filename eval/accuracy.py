@@ -150,9 +150,9 @@ def answer(
     processor: Any,
     prepared: Sequence[Batch],
     max_new_tokens: int,
-    progress: Callable[[int], None] = lambda count: None,
+    done: Callable[[Batch], None] = lambda batch: None,
 ) -> list[str]:
-    """The model's greedy answers, normalised, in the order of the items.
+    """The model's greedy answers, normalised, in the order of the items. `done` is called after each batch.
 
     Raises:
         RuntimeError: a batch could not be answered; the cause is chained.
@@ -169,17 +169,22 @@ def answer(
             raise RuntimeError(f"no answer to questions {batch.rows[0]} and others: {error}") from error
         texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.update(zip(batch.rows, map(normalise, texts), strict=True))
-        progress(len(batch.rows))
+        done(batch)
     return [answers[row] for row in range(len(answers))]
+
+
+def right(answer: str, item: Item) -> bool:
+    """Whether the answer is the expected one, but for case, space and punctuation around it."""
+    return normalise(answer) == normalise(item.answer)
 
 
 def score(answers: Sequence[str], items: Sequence[Item]) -> tuple[Score, dict[str, Score]]:
     """The score over all questions, and per type of question in order of first appearance."""
-    right = [normalise(given) == normalise(item.answer) for given, item in zip(answers, items, strict=True)]
+    good = [right(answer, item) for answer, item in zip(answers, items, strict=True)]
     types: dict[str, list[bool]] = {}
-    for item, good in zip(items, right, strict=True):
-        types.setdefault(item.type, []).append(good)
-    return Score(sum(right), len(right)), {name: Score(sum(some), len(some)) for name, some in types.items()}
+    for item, one in zip(items, good, strict=True):
+        types.setdefault(item.type, []).append(one)
+    return Score(sum(good), len(good)), {name: Score(sum(some), len(some)) for name, some in types.items()}
 
 
 def agreement(answers: Sequence[str], reference: Sequence[str]) -> float:

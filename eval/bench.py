@@ -7,11 +7,11 @@ join every run at every `keep` that occurs in it.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -27,14 +27,18 @@ import vtc
 from vtc import adapters, zoo
 from vtc.compressor import Compressor, as_compressors, available, parse
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
-from vtc.eval import accuracy, flops, latency, scenes
+from vtc.eval import accuracy, flops, latency, lines, scenes
+from vtc.report import Report
 
 BASELINES = ("random", "uniform", "pool")
 SEEDS = 3  # of `random`, which is reported as a mean with its spread
 KEEPS: tuple[int | float, ...] = (0.5, 0.25, 0.11)
+DRAWN = ("grid", "kept", "sources")  # what a drawing of the survivors needs
+SPLIT = "test"  # of the bundled questions
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Row = dict[str, Any]
+Sample = dict[str, Any]  # one question under one setting
 
 
 @dataclass(frozen=True)
@@ -233,8 +237,13 @@ class Bench:
         """Every setting on one prompt: a mistake in the last one shows before the first is measured."""
         return [sizes(self.model, setting, self._first(setting.blind)) for setting in plan]
 
-    def rows(self, plan: Sequence[Setting], shapes: Sequence[Sizes], *, progress: bool = False) -> Iterator[Row]:
-        """Measure the settings in order, one row each. `plan` begins with `none`; `shapes` is from `try_out(plan)`."""
+    def rows(
+        self, plan: Sequence[Setting], shapes: Sequence[Sizes], *, progress: bool = False
+    ) -> Iterator[tuple[Row, list[Sample]]]:
+        """Measure the settings in order: a row each, and what became of every question.
+
+        `plan` begins with `none`; `shapes` is from `try_out(plan)`.
+        """
         torch.manual_seed(self.options.seed)
         reference: list[str] | None = None
         # Off a terminal, in a log file, a line every ten seconds is enough.
@@ -245,10 +254,10 @@ class Bench:
                 bar.set_description(setting.spec, refresh=False)
                 timing = self._time(setting) if self.options.latency else None
                 prepared = self._batches(blind=True) if setting.blind else batches
-                with setting.on(self.model):
-                    answers = self._answer(setting, prepared, bar.update)
+                answers, seen = self._answer(setting, prepared, bar)
                 reference = answers if reference is None else reference
-                yield self._row(setting, shape, shapes[0], timing, answers, reference)
+                row = self._row(setting, shape, shapes[0], timing, answers, reference)
+                yield row, self._samples(setting, answers, reference, seen)
 
     def _first(self, blind: bool) -> dict[str, torch.Tensor]:
         item = self.items[0]
@@ -267,13 +276,55 @@ class Bench:
         )
 
     def _answer(
-        self, setting: Setting, prepared: Sequence[accuracy.Batch], progress: Callable[[int], Any]
-    ) -> list[str]:
+        self, setting: Setting, prepared: Sequence[accuracy.Batch], bar: tqdm
+    ) -> tuple[list[str], list[Sample]]:
+        """The answers, and what the language model saw of each picture; both in the order of the questions."""
         tokens = accuracy.longest_answer(self.processor, self.items)
-        try:
-            return accuracy.answer(self.model, self.processor, prepared, tokens, progress)
-        except RuntimeError as error:
-            raise RuntimeError(f"{setting.spec}: {error}") from error
+        seen: dict[int, Sample] = {}
+        with setting.on(self.model) as session:
+
+            def done(batch: accuracy.Batch) -> None:
+                report = None if session is None else session.last
+                found = (
+                    self._uncompressed(batch)
+                    if report is None
+                    else [survivors(report, k) for k in range(len(batch.rows))]
+                )
+                seen.update(zip(batch.rows, found, strict=True))
+                bar.update(len(batch.rows))
+
+            try:
+                answers = accuracy.answer(self.model, self.processor, prepared, tokens, done)
+            except RuntimeError as error:
+                raise RuntimeError(f"{setting.spec}: {error}") from error
+        return answers, [seen[row] for row in range(len(answers))]
+
+    def _uncompressed(self, batch: accuracy.Batch) -> list[Sample]:
+        masks = adapters.find(self.model).placeholders(batch.inputs["input_ids"], None).values()  # (B, S) each
+        counts = [0] * len(batch.rows)
+        for mask in masks:
+            counts = [count + more for count, more in zip(counts, mask.sum(1).tolist(), strict=True)]
+        return [{"tokens_in": count, "tokens_out": count} for count in counts]
+
+    def _samples(
+        self, setting: Setting, answers: Sequence[str], reference: Sequence[str], seen: Sequence[Sample]
+    ) -> list[Sample]:
+        """One object per question. Which tokens survived is told only where the answer is not the full model's."""
+        samples = []
+        for item, answer, other, what in zip(self.items, answers, reference, seen, strict=True):
+            samples.append(
+                {
+                    "spec": setting.spec,
+                    "id": f"{SPLIT}/{item.index}/{item.type}",  # a scene is asked at most one question per type
+                    "type": item.type,
+                    "question": item.question,
+                    "expected": item.answer,
+                    "answer": answer,
+                    "right": accuracy.right(answer, item),
+                    **{key: value for key, value in what.items() if answer != other or key not in DRAWN},
+                }
+            )
+        return samples
 
     def _row(
         self,
@@ -303,6 +354,16 @@ class Bench:
             "positions": getattr(setting.compressor, "positions", None),
             **environment(self.model),
         }
+
+
+def survivors(report: Report, number: int) -> Sample:
+    """What a call did to one of its pictures; with what a drawing needs if the picture is one grid of tokens."""
+    layout, kept = report.layouts[number], report.kept[number]
+    counts: Sample = {"tokens_in": layout.tokens, "tokens_out": len(kept)}
+    if layout.tokens != math.prod(layout.grid) or layout.grid[0] != 1:
+        return counts
+    sources = report.sources[number]
+    return {**counts, "grid": list(layout.grid[1:]), "kept": list(kept), "sources": sources and list(sources)}
 
 
 def environment(model: Any) -> Row:
@@ -352,22 +413,29 @@ def check_folder(out: Path, *, overwrite: bool = False) -> Path:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a run."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a run.
+
+    Raises:
+        VtcError: there is no such file, or a line of it is cut off.
+    """
+    return [row for _, row in lines.read(path)]
 
 
 def run(options: Options, out: Path, *, overwrite: bool = False, progress: bool = False) -> list[Row]:
-    """The whole comparison. Rows go to `out/rows.jsonl` as they are measured: a run that is killed keeps its rows."""
+    """The whole comparison. Rows go to `out/rows.jsonl` as they are measured, answers to `out/samples.jsonl`.
+
+    A run that is killed keeps what it has measured; a setting's answers are there before its row.
+    """
     plan = settings(options)
     path = check_folder(out, overwrite=overwrite)
-    bench = Bench(options, *load_model(options), list(scenes.questions("test", options.limit)))
+    bench = Bench(options, *load_model(options), list(scenes.questions(SPLIT, options.limit)))
     plan = bench.able(plan)
     shapes = bench.try_out(plan)
     rows = []
     out.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for row in bench.rows(plan, shapes, progress=progress):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+    with path.open("w", encoding="utf-8") as results, (out / "samples.jsonl").open("w", encoding="utf-8") as answers:
+        for row, samples in bench.rows(plan, shapes, progress=progress):
+            lines.append(answers, samples)
+            lines.append(results, [row])
             rows.append(row)
     return rows
