@@ -1,8 +1,9 @@
-"""Rows of a run as Markdown tables."""
+"""Rows of a run as tables, in Markdown and LaTeX."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
@@ -14,11 +15,51 @@ Row = dict[str, Any]
 Column = tuple[str, Callable[[list[Row]], str]]  # heading, and the cell of a group of rows
 
 
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns; the first column names the row."""
+
+    title: str
+    headings: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    notes: str = ""  # one paragraph, `code` in backticks
+
+    def markdown(self) -> str:
+        """The table with its title above and its notes below."""
+        cells = [[_markdown(cell) for cell in row] for row in self.cells]
+        align = ["left"] + ["right"] * (len(self.headings) - 1)
+        headings = [_markdown(heading) for heading in self.headings]
+        grid = tabulate(cells, headings, tablefmt="pipe", colalign=align if cells else None, disable_numparse=True)
+        return f"## {self.title}\n\n{grid}\n" + (f"\n{self.notes.strip()}\n" if self.notes else "")
+
+    def latex(self) -> str:
+        """The table as a float with a caption; it needs the package booktabs."""
+        lines = [" & ".join(map(latex, row)) + r" \\" for row in (self.headings, *self.cells)]
+        spec = "l" + "r" * (len(self.headings) - 1)
+        return "\n".join(
+            [
+                r"\begin{table}",
+                r"  \centering",
+                rf"  \caption{{{latex(self.title)}}}",
+                rf"  \begin{{tabular}}{{{spec}}}",
+                r"    \toprule",
+                f"    {lines[0]}",
+                r"    \midrule",
+                *(f"    {line}" for line in lines[1:]),
+                r"    \bottomrule",
+                r"  \end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+
 def label(spec: str) -> str:
-    """A spec without its `keep` and `seed`, which have columns of their own or are averaged over."""
-    name, _, rest = spec.partition(":")
+    """A spec without the `keep` and `seed` of its first strategy, which have a column or are averaged over."""
+    first, *others = spec.split("+")
+    name, _, rest = first.partition(":")
     parts = [part for part in rest.split(",") if part and part.partition("=")[0] not in ("keep", "seed")]
-    return f"{name}:{','.join(parts)}" if parts else name
+    return "+".join([f"{name}:{','.join(parts)}" if parts else name, *others])
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
@@ -26,31 +67,52 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         # Other strategies may have a seed too, but only `random` is run with several.
-        name = label(row["spec"]) if row["strategy"] == "random" else row["spec"]
+        name = label(row["spec"]) if row["strategy"].partition("+")[0] == "random" else row["spec"]
         found.setdefault((name, repr(row["keep"])), []).append(row)
     return list(found.values())
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The whole report: results, time to first token in parts, accuracy per type of question."""
+    """The whole report in Markdown: results, time to first token in parts, accuracy per type of question."""
     first = rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    head = (
-        f"# {first['model']}\n\n{first['n']} questions; {first['device']}, {first['dtype']}, "
-        f"{first['attention']} attention, {first['threads']} threads; {versions}; {first['date'][:10]}.\n"
+    head = f"# {first['model']}\n\n{conditions(first)}.\n"
+    return "\n".join([head, *(table.markdown() for table in tables(rows))])
+
+
+def conditions(row: Row) -> str:
+    """How a row was measured, as one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    return (
+        f"{row['n']} questions; {row['device']}, {row['dtype']}, {row['attention']} attention, "
+        f"{row['threads']} threads; {versions}; {row['date'][:10]}"
     )
-    sections = [head, "## Results\n", _markdown(rows, RESULTS), NOTES]
-    if first["ttft_ms"] is not None:
-        sections += ["## Time to first token, in ms\n", _markdown(rows, TIMES), TIME_NOTES]
-    kinds = [(name, _kind(name)) for name in first["by_type"]]
-    sections += ["## Accuracy per type of question, in %, with 95 % interval\n", _markdown(rows, [*NAME, *kinds])]
-    return "\n".join(sections) + "\n"
 
 
-def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    cells = [[cell(group) for _, cell in columns] for group in groups(rows)]
-    align = ["left"] + ["right"] * (len(columns) - 1)
-    return tabulate(cells, [name for name, _ in columns], tablefmt="pipe", colalign=align, disable_numparse=True) + "\n"
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """What can be told of a run; times only if they were measured."""
+    found = [_table("Results", rows, RESULTS, NOTES)]
+    if rows[0]["ttft_ms"] is not None:
+        found.append(_table("Time to first token, in ms", rows, TIMES, TIME_NOTES))
+    kinds = dict.fromkeys(kind for row in rows for kind in row["by_type"])
+    if kinds:
+        columns = [*NAME, *((kind, _kind(kind)) for kind in kinds)]
+        found.append(_table("Accuracy per type of question, in %, with 95 % interval", rows, columns))
+    return found
+
+
+def latex(text: str) -> str:
+    """`text` with what LaTeX would take for commands written out."""
+    return "".join(LATEX.get(letter, letter) for letter in text)
+
+
+def _table(title: str, rows: Sequence[Row], columns: Sequence[Column], notes: str = "") -> Table:
+    cells = tuple(tuple(cell(group) for _, cell in columns) for group in groups(rows))
+    return Table(title, tuple(name for name, _ in columns), cells, notes)
+
+
+def _markdown(text: str) -> str:
+    """`text` as one cell: bars and brackets stand for themselves."""
+    return text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def _name(group: list[Row]) -> str:
@@ -69,6 +131,8 @@ def _number(key: str, form: Callable[[float], str]) -> Callable[[list[Row]], str
 
 def _accuracy(group: list[Row]) -> str:
     """One run: accuracy and interval. Several seeds: mean and standard deviation."""
+    if group[0]["accuracy"] is None:
+        return ""
     values = [100 * row["accuracy"] for row in group]
     if len(values) > 1:
         return f"{mean(values):.1f} ± {stdev(values):.1f}"
@@ -78,7 +142,9 @@ def _accuracy(group: list[Row]) -> str:
 
 def _kind(kind: str) -> Callable[[list[Row]], str]:
     def cell(group: list[Row]) -> str:
-        scores = [row["by_type"][kind] for row in group]
+        scores = [row["by_type"][kind] for row in group if kind in row["by_type"]]
+        if not scores:
+            return ""
         values = [100 * score["accuracy"] for score in scores]
         if len(values) > 1:
             return f"{mean(values):.0f} ± {stdev(values):.0f}"
@@ -103,6 +169,20 @@ def _ttft(group: list[Row]) -> str:
     return f"{mean(row['ttft_ms'] for row in group):.1f} ({speedup:.2f}×)"
 
 
+LATEX = {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "×": r"$\times$",
+    "±": r"$\pm$",
+    "→": r"$\to$",
+    "−": r"$-$",
+    "\n": " ",
+}
 NAME: list[Column] = [("strategy", _name), ("keep", _keep)]
 RESULTS: list[Column] = [
     *NAME,
