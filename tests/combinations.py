@@ -82,7 +82,7 @@ def covering(specs: Mapping[str, Spec], law: int) -> Iterator[Case]:
         for column, family in enumerate(FAMILIES.values()):
             if applies(spec, family):
                 shapes = list(family.shapes)
-                shape = shapes[(row + law) % len(shapes)]
-                attention = ATTENTIONS[(row // len(shapes) + row + column + law) % 2]
+                shape = shapes[(row // 2 + column + law) % len(shapes)]
+                attention = ATTENTIONS[(row + column + law) % 2]
                 dtype = DTYPES[(row + 2 * column + law) % 5 == 0]
                 yield Case(spec, family, shape, attention, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 IMAGE, CLIP, START, END = 5, 6, 7, 8  # ids of the placeholders, and of the tokens around them where a family has some
+
+# Whether this release of transformers runs the encoder ahead of the prefill.
+NEWEST = "mm_encoder_outputs" in inspect.signature(transformers.LlavaForConditionalGeneration.forward).parameters
 
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 5,

@@ -15,7 +15,7 @@ from torch import Tensor
 import vtc
 from cases import COMPOSED, DECODER_SPECS, DROPPING, SPECS
 from combinations import ATTENTIONS, Case, applies, covering
-from families import FAMILIES, GREEDY, IMAGE, ONE_IMAGE, SHAPES, TEXT, TWO_IMAGES, Family, extended
+from families import FAMILIES, GREEDY, IMAGE, LAYERS, NEWEST, ONE_IMAGE, SHAPES, TEXT, TWO_IMAGES, Family, extended
 from oracle import CLOSE, Recorder, by_hand, error
 from vtc.compressor import DecoderCompressor, parse
 from watch import Watch
@@ -379,15 +379,14 @@ def test_law_8_undo(any_case: Case) -> None:
 
 @every_family
 def test_law_8_what_a_model_lacks_is_refused(family: Family) -> None:
-    """The message names what works instead, and nothing is left behind."""
-    model = family.model()
+    """At once or by the first image that shows it; the message names what works, and nothing is left behind."""
+    model, inputs = family.model(), family.batch([TWO_IMAGES]).inputs()
     before = hook_tables(model)
     for spec in [*SPECS.values(), *DECODER_SPECS.values()]:
         if not applies(spec, family):
-            with pytest.raises(
-                (vtc.UnsupportedModelError, vtc.SpecError), match="use |layer=2 is the first that works"
-            ):
-                vtc.compress(model, spec)
+            refused = pytest.raises(vtc.VtcError, match="use |layer=2 is the first that works|take any")
+            with refused, vtc.compress(model, spec):
+                model(**inputs)
             assert hook_tables(model) == before
 
 
@@ -456,7 +455,13 @@ def test_law_10_no_host_synchronisation(case: Case) -> None:
     if any(parse(spec).adaptive for spec in case.specs):
         return
     assert not prompts.visuals() or (run.last is not None and run.last.tokens_out < run.last.tokens_in)
-    allowed = 1 if len(prompts.rows) > 1 or (case.family.name == "internvl" and len(prompts.visuals()) > 0) else 0
+    joins = case.family.name == "internvl" and len(prompts.visuals()) > 0
+    allowed = int(len(prompts.rows) > 1 or joins)
+    if not NEWEST and case.attention == "eager":  # transformers uploads a zero for each mask that it makes
+        cuts = [
+            cut for item in map(parse, case.specs) if isinstance(item, DecoderCompressor) for cut in item.cuts(LAYERS)
+        ]
+        allowed += len(cuts)
     assert len(compressed.waits) <= len(plain.waits) + allowed, (plain.waits, compressed.waits)
 
 

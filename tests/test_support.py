@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
-from transformers import LlavaForConditionalGeneration
 
-from families import FAMILIES
+from families import FAMILIES, NEWEST
 from support import BEGIN, CHECKS, END, NONE, README, REFUSED, UPSTREAM, YES, outcome, table
 
 QWEN = ("qwen2vl", "qwen25vl", "qwen3vl")
@@ -18,24 +15,23 @@ BEYOND = {
     # `mm_token_type_ids` are handed on to the draft model, which does not know them
     *(("draft_model", family) for family in QWEN),
 }
-newest = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
 lines = [(name, family, site) for name, check in CHECKS.items() for family in FAMILIES for site in check.sites]
 
 
 @pytest.mark.parametrize(("name", "family", "site"), lines)
 def test_law_9(name: str, family: str, site: str) -> None:
     found = outcome(name, family, site)
-    if name == "chunked_prefill" and newest:
+    if name == "chunked_prefill" and NEWEST:
         assert found == REFUSED
     elif CHECKS[name].clips and not FAMILIES[family].frames:
         assert found == NONE
-    elif newest:
+    elif NEWEST:
         assert found == (UPSTREAM if (name, family) in BEYOND else YES)
     else:  # an older release can do less, and that alone is an excuse
         assert found in (YES, UPSTREAM)
 
 
-@pytest.mark.skipif(not newest, reason="the table is about the newest transformers")
+@pytest.mark.skipif(not NEWEST, reason="the table is about the newest transformers")
 def test_the_table_in_the_readme_is_what_happens() -> None:
     _, begin, rest = README.read_text().partition(BEGIN)
     assert begin, f"{README} has no line {BEGIN!r}"
