@@ -1,0 +1,245 @@
+"""What `vtc report` does: the rows of a run, or the comparison of two, as Markdown, CSV, LaTeX or one HTML page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vtc.errors import VtcError
+from vtc.eval import lines
+from vtc.eval.flops import human
+from vtc.eval.paired import LEVEL, Change, Comparison, compare
+from vtc.eval.table import Table, conditions, latex, render, tables
+
+Row = dict[str, Any]
+Sample = dict[str, Any]
+
+FORMATS = ("md", "csv", "latex", "html")
+ENDINGS = {".md": "md", ".markdown": "md", ".csv": "csv", ".tex": "latex", ".html": "html", ".htm": "html"}
+# What the tables need of a row; times may be null, and accuracy where there was nothing to answer.
+ROW_KEYS = frozenset(
+    [
+        *("model", "spec", "strategy", "keep", "seed", "n", "accuracy", "accuracy_ci", "by_type", "agreement"),
+        *("tokens_in", "tokens_out", "prefill_flops", "prefill_flops_ratio", "kv_cache_bytes"),
+        *("ttft_ms", "decode_tokens_per_s", "device", "dtype", "attention", "threads", "versions", "date"),
+    ]
+)
+SAMPLE_KEYS = frozenset(["spec", "id", "type", "question", "expected", "answer", "right", "tokens_in", "tokens_out"])
+NOTES = f"""
+Both runs answered the same questions. Lost: right only in the first run; gained: right only in the second. p: McNemar's
+exact test on lost and gained, by Holm's method for all lines together. Noise: a difference like this is no surprise if
+nothing changed (p of {LEVEL} or more); the interval of the difference says how large a change could have hidden in it.
+Both treat the questions as independent draws.
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run left behind."""
+
+    name: str  # how the user named it
+    rows: list[Row]
+    samples: dict[str, dict[str, Sample]]  # per spec, by id; empty for a run without samples
+
+
+def load(path: Path) -> Run:
+    """Read a folder that `vtc bench` wrote, or a file of rows.
+
+    The samples are in `samples.jsonl` beside `rows.jsonl`, and in `NAME.samples.jsonl` beside a `NAME.jsonl`.
+
+    Raises:
+        VtcError: there is no such file, or a line is cut off, lacks what a row has, or repeats another.
+    """
+    if path.is_dir() and not (path / "rows.jsonl").exists():
+        raise VtcError(f"{path} has no rows.jsonl; give a folder that vtc bench wrote, or a file of rows")
+    file = path / "rows.jsonl" if path.is_dir() else path
+    beside = "samples.jsonl" if file.name == "rows.jsonl" else f"{file.stem}.samples.jsonl"
+    rows = _rows(file)
+    samples = file.with_name(beside)
+    return Run(str(path), rows, _samples(samples, {row["spec"] for row in rows}) if samples.exists() else {})
+
+
+def report(paths: Sequence[Path], form: str, *, drawings: int = 12) -> str:
+    """The report of one run, or the comparison of two.
+
+    Args:
+        paths: one or two runs, see `load`.
+        form: `md`, `csv`, `latex` or `html`.
+        drawings: how many disagreements with the full model the HTML page shows.
+    """
+    if not 1 <= len(paths) <= 2:
+        raise VtcError(f"vtc report takes one run, or two to compare; got {len(paths)}")
+    if form not in FORMATS:
+        raise VtcError(f"--format is '{form}'; use one of {', '.join(FORMATS)}")
+    if drawings < 0:
+        raise VtcError(f"--samples is {drawings}; use 0 or more")
+    runs = [load(path) for path in paths]
+    comparison = None
+    if len(runs) == 2:
+        comparison = compare(runs[0].rows, runs[1].rows, runs[0].samples, runs[1].samples)
+    if form == "html":
+        from vtc.eval.page import page
+
+        return page(runs, comparison, drawings)
+    if comparison is None:
+        return {"md": render, "csv": as_csv, "latex": as_latex}[form](runs[0].rows)
+    if form == "csv":
+        return _csv([_flat_change(change) for change in comparison.changes])
+    found = comparison_table(comparison)
+    if form == "latex":
+        return BOOKTABS + found.latex()
+    remarks = "".join(f"- {line}\n" for line in remarks_on(comparison, runs[0].name, runs[1].name))
+    return f"# {runs[0].name} → {runs[1].name}\n\n{remarks}\n{found.markdown()}"
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def _rows(path: Path) -> list[Row]:
+    found: dict[str, tuple[int, Row]] = {}
+    for number, row in lines.read(path):
+        missing = sorted(ROW_KEYS - row.keys())
+        if missing:
+            what = "are these samples? Give rows.jsonl" if row.keys() >= SAMPLE_KEYS else "vtc bench writes such rows"
+            raise VtcError(f"{path}: line {number} is not a row of results, it lacks {', '.join(missing)}; {what}")
+        if row["spec"] in found:
+            raise VtcError(f"{path}: line {number} repeats {row['spec']} of line {found[row['spec']][0]}")
+        first = next(iter(found.values()))[1] if found else row
+        if row["model"] != first["model"]:
+            raise VtcError(
+                f"{path}: line {number} is about {row['model']} and line 1 about {first['model']}; one file per model"
+            )
+        found[row["spec"]] = number, row
+    return [row for _, row in found.values()]
+
+
+def _samples(path: Path, specs: set[str]) -> dict[str, dict[str, Sample]]:
+    """Per spec, by id. Samples of a setting without a row are left out: the run was stopped before it was whole."""
+    found: dict[str, dict[str, Sample]] = {}
+    for number, sample in lines.read(path):
+        missing = sorted(SAMPLE_KEYS - sample.keys())
+        if missing:
+            raise VtcError(f"{path}: line {number} is not a sample, it lacks {', '.join(missing)}")
+        if sample["spec"] not in specs:
+            continue
+        mine = found.setdefault(sample["spec"], {})
+        if sample["id"] in mine:
+            raise VtcError(f"{path}: line {number} answers {sample['id']} a second time for {sample['spec']}")
+        mine[sample["id"]] = sample
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+BOOKTABS = "% needs \\usepackage{booktabs}\n"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """One line per row, every number in a column of its own: `by_type` becomes `by_type.digit.accuracy`, ..."""
+    return _csv([_flat(row) for row in rows])
+
+
+def as_latex(rows: Sequence[Row]) -> str:
+    """The tables as LaTeX floats."""
+    head = f"% {latex(rows[0]['model'])}: {latex(conditions(rows[0]))}\n"
+    return "\n".join([BOOKTABS + head, *(table.latex() for table in tables(rows))])
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One line per setting that both runs have."""
+    headings = (
+        *("setting", "accuracy %", "difference, points", "questions", "lost", "gained", "p", "verdict"),
+        *("visual tokens", "prefill FLOPs", "TTFT ms"),
+    )
+    return Table("What changed", headings, tuple(_cells(change) for change in comparison.changes), NOTES)
+
+
+def remarks_on(comparison: Comparison, first: str, second: str) -> list[str]:
+    """What to know beside the table: verdicts counted, other conditions, settings that one run lacks."""
+    verdicts = [change.verdict for change in comparison.changes]
+    changed = sum(verdict.startswith("changed") for verdict in verdicts)
+    found = [f"{len(verdicts)} settings in both runs, {changed} changed by more than noise"]
+    if comparison.conditions:
+        found.append(f"Other conditions: {'; '.join(comparison.conditions)}")
+    if "not paired" in verdicts:
+        found.append(
+            f"Not paired: {verdicts.count('not paired')} settings, because a run lacks the samples that vtc bench "
+            "writes beside its rows, or no question is in both"
+        )
+    for name, only in ((first, comparison.only_first), (second, comparison.only_second)):
+        if only:
+            found.append(f"Only in {name}: {', '.join(only)}")
+    return found
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    first, second, pairs = change.first, change.second, change.pairs
+
+    def both(key: str, form: Any, scale: float = 1) -> str:
+        values = [row[key] for row in (first, second)]
+        if None in values:
+            return ""
+        texts = [form(scale * value) for value in values]
+        return texts[0] if texts[0] == texts[1] else " → ".join(texts)
+
+    tested = ("", "", "", "", "")
+    if pairs is not None and change.p is not None:
+        low, high = pairs.interval
+        difference = f"{_signed(pairs.difference)} [{_signed(low)}, {_signed(high)}]"
+        tested = (difference, str(pairs.n), str(pairs.lost), str(pairs.gained), _p(change.p))
+    return (
+        change.name,
+        both("accuracy", "{:.1f}".format, 100),
+        *tested,
+        change.verdict,
+        both("tokens_out", "{:.0f}".format),
+        both("prefill_flops", human),
+        both("ttft_ms", "{:.1f}".format),
+    )
+
+
+def _signed(share: float) -> str:
+    text = f"{100 * share:+.1f}"
+    return text.replace("-", "−") if float(text) else "0.0"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _flat(row: Row) -> Row:
+    """Nested values under dotted names, intervals as `low` and `high`."""
+    flat: Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": one for inner, one in _flat(value).items()})
+        elif isinstance(value, list) and len(value) == 2:
+            stem = "" if key == "ci" else f"{key.removesuffix('_ci')}."
+            flat[f"{stem}low"], flat[f"{stem}high"] = value
+        else:
+            flat[key] = value
+    return flat
+
+
+def _flat_change(change: Change) -> Row:
+    flat: Row = {"setting": change.name, "verdict": change.verdict, "p_holm": change.p}
+    pairs = change.pairs
+    names = ("n", "both", "lost", "gained", "neither", "difference", "p")
+    flat.update({name: None if pairs is None else getattr(pairs, name) for name in names})
+    flat["low"], flat["high"] = (None, None) if pairs is None else pairs.interval
+    for key in ("accuracy", "tokens_out", "prefill_flops", "ttft_ms", "kv_cache_bytes"):
+        flat[f"{key}.first"], flat[f"{key}.second"] = change.first[key], change.second[key]
+    return flat
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    out = io.StringIO()
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
