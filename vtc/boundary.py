@@ -6,8 +6,9 @@ left, on top of `P` tokens that the cache holds.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,12 +27,19 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     """Arguments of a module call by name, however the caller passed them."""
     if not args:
         return dict(kwargs)
-    names = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
+    method = getattr(module.forward, "__func__", None)
+    names = _positional(module.forward) if method is None else _parameters_of(method)[1:]  # without self
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _positional(function: Callable[..., Any]) -> list[str]:
+    """Names of the parameters that can be given by position."""
+    parameters = inspect.signature(function).parameters.values()
+    return [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+
+
+# A decoder layer is called once per token: looking at its signature each time would cost more than the hook itself.
+_parameters_of = functools.cache(_positional)
 
 
 @dataclass(frozen=True)
