@@ -314,6 +314,39 @@ def test_a_row_without_images_is_left_alone() -> None:
         assert all(near(mine[0], theirs[0]) for mine, theirs in zip(out.logits, alone.logits, strict=True))
 
 
+@pytest.mark.parametrize("spec", [*INNER, "todre-inner:layer=1", "pyramiddrop:truncate=true", Even(at=(1, 2))], ids=str)
+@torch.no_grad()
+def test_prompts_that_begin_or_end_with_an_image(spec: Any) -> None:
+    """Nothing may be left in front of the text, or of the last token."""
+    family = FAMILIES["llava"]
+    model = family.model()
+    prompts = family.batch([("image", "text"), ("image", "image", "text"), TEXT, ("text", "image")])
+    with vtc.compress(model, spec):
+        together = model.generate(**prompts.inputs(), **GREEDY)
+        for number in range(4):
+            alone = model.generate(**prompts.alone(number), **GREEDY)
+            assert near(torch.stack(together.logits)[:, number], torch.stack(alone.logits)[:, 0])
+
+
+@pytest.mark.parametrize("variant", [{"at": (1, 2)}, {"at": (1, 2), "truncate": True}, VARIANTS["twice, contiguous"]])
+@torch.no_grad()
+def test_what_was_generated_can_be_taken_back(variant: dict[str, Any]) -> None:
+    """`crop` counts tokens of the text, though every layer holds another number of them."""
+    family = FAMILIES["llava"]
+    model, inputs, more = family.model(), family.batch([ONE_IMAGE]).inputs(), random_text(1, 3)
+    with vtc.compress(model, Even(**variant)):
+        cache = model(**inputs).past_key_values
+        held, size = lengths(cache), cache.get_seq_length()
+        expected = model(input_ids=more, past_key_values=deepcopy(cache)).logits
+        for count in (-5, size):
+            model(input_ids=random_text(1, 5, seed=9), past_key_values=cache)
+            cache.crop(count)
+            assert lengths(cache) == held and cache.get_seq_length() == size
+        assert near(model(input_ids=more, past_key_values=cache).logits, expected)
+        with pytest.raises(vtc.VtcError, match="inside its visual tokens"):
+            cache.crop(8)
+
+
 @every_inner
 @torch.no_grad()
 def test_padding_on_the_right(spec: str) -> None:
@@ -579,7 +612,7 @@ def test_hidden_states_are_those_of_the_layers_by_hand(family: Family) -> None:
     text = model.model.language_model
     assert torch.equal(out.hidden_states[0], heard(model, prompts.inputs())["inputs_embeds"])
     for number, row in enumerate(prompts.rows):
-        hand, logits, _ = by_hand(model, even, prompts, number)
+        hand = by_hand(model, even, prompts, number)[0]
         states = [*hand.states[:-1], text.norm(hand.states[-1])]
         for entry, state, alive in zip(out.hidden_states[1:], states, hand.alive, strict=True):
             mine = entry[number, prompts.padding(number) :]
@@ -588,9 +621,14 @@ def test_hidden_states_are_those_of_the_layers_by_hand(family: Family) -> None:
             assert torch.equal(mine, mine[before])
 
 
-@pytest.mark.parametrize(
-    "spec", [Even(at=(1, 3)), ["uniform:keep=9", Even(at=(1, 3))], "pyramiddrop:truncate=true"], ids=str
-)
+OPTIONED = {
+    "one": Even(at=(1, 3)),
+    "two": ["uniform:keep=9", Even(at=(1, 3))],
+    "truncated": "pyramiddrop:truncate=true",
+}
+
+
+@pytest.mark.parametrize("spec", OPTIONED.values(), ids=OPTIONED)
 @torch.no_grad()
 def test_shapes_and_options_of_a_call(spec: Any) -> None:
     family = FAMILIES["llava"]
