@@ -151,8 +151,9 @@ def several_beams(family: Family, model: Any) -> None:
 def samples(family: Family, model: Any) -> None:
     """Samples repeat under a seed, and several per prompt see the same tokens of the same images."""
     inputs = family.batch([ONE_IMAGE, ONE_IMAGE]).inputs()
-    greedy = new(say(model, inputs)).repeat_interleave(2, dim=0)
-    assert torch.equal(new(say(model, inputs, do_sample=True, top_k=1, num_return_sequences=2)), greedy)
+    greedy, likeliest = say(model, inputs), say(model, inputs, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(new(likeliest), new(greedy).repeat_interleave(2, dim=0))
+    assert near(likeliest.logits[0], greedy.logits[0].repeat_interleave(2, dim=0))
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)
