@@ -184,7 +184,7 @@ def _verdict(pairs: Pairs | None, p: float | None) -> str:
     if pairs.lost == pairs.gained == 0:
         return "other wrong answers" if pairs.other_words else "same answers"
     if p >= LEVEL:
-        return "noise"
+        return "noise" if pairs.p >= LEVEL else "unclear"
     return "changed: better" if pairs.gained > pairs.lost else "changed: worse"
 
 

@@ -31,9 +31,10 @@ ROW_KEYS = frozenset(
 SAMPLE_KEYS = frozenset(["spec", "id", "type", "question", "expected", "answer", "right", "tokens_in", "tokens_out"])
 NOTES = f"""
 Both runs answered the same questions. Lost: right only in the first run; gained: right only in the second. p: McNemar's
-exact test on lost and gained, by Holm's method for all lines together. Noise: a difference like this is no surprise if
-nothing changed (p of {LEVEL} or more); the interval of the difference says how large a change could have hidden in it.
-Both treat the questions as independent draws.
+exact test on lost and gained, for the line alone and by Holm's method for all lines together. Changed: the latter is
+below {LEVEL}. Noise: not even the former is, so such a difference is no surprise if nothing changed; the interval of
+the difference says how large a change could have hidden in it. Unclear: in between; more questions would tell. All this
+treats the questions as independent draws.
 """
 
 
@@ -96,6 +97,33 @@ def report(paths: Sequence[Path], form: str, *, drawings: int = 12) -> str:
     return f"# {runs[0].name} → {runs[1].name}\n\n{remarks}\n{found.markdown()}"
 
 
+def choose(form: str | None, out: Path | None) -> str:
+    """The format asked for, or that of a file's name; Markdown if neither says."""
+    if form is not None or out is None:
+        return form or "md"
+    if out.suffix.lower() not in ENDINGS:
+        raise VtcError(
+            f"--out {out}: the name does not say a format; end it in .html, .md, .csv or .tex, or use --format"
+        )
+    return ENDINGS[out.suffix.lower()]
+
+
+def write(text: str, out: Path, runs: Sequence[Path]) -> None:
+    """Write a report to a file, which may not be in the way of its runs.
+
+    Raises:
+        VtcError: the place is a folder, a result, or cannot be written to.
+    """
+    results = {run.resolve() for run in runs} | {(run / "rows.jsonl").resolve() for run in runs}
+    if out.resolve() in results and not out.is_dir():
+        raise VtcError(f"--out {out} is what the report is made from; give another file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise VtcError(f"--out {out}: {error.strerror or error}; give a file") from error
+
+
 # ------------------------------------------------------------------------------------------------------- reading
 
 
@@ -152,7 +180,7 @@ def as_latex(rows: Sequence[Row]) -> str:
 def comparison_table(comparison: Comparison) -> Table:
     """One line per setting that both runs have."""
     headings = (
-        *("setting", "accuracy %", "difference, points", "questions", "lost", "gained", "p", "verdict"),
+        *("setting", "verdict", "accuracy %", "difference, points", "p", "p (Holm)", "questions", "lost", "gained"),
         *("visual tokens", "prefill FLOPs", "TTFT ms"),
     )
     return Table("What changed", headings, tuple(_cells(change) for change in comparison.changes), NOTES)
@@ -186,16 +214,16 @@ def _cells(change: Change) -> tuple[str, ...]:
         texts = [form(scale * value) for value in values]
         return texts[0] if texts[0] == texts[1] else " → ".join(texts)
 
-    tested = ("", "", "", "", "")
+    tested = ("", "", "", "", "", "")
     if pairs is not None and change.p is not None:
         low, high = pairs.interval
         difference = f"{_signed(pairs.difference)} [{_signed(low)}, {_signed(high)}]"
-        tested = (difference, str(pairs.n), str(pairs.lost), str(pairs.gained), _p(change.p))
+        tested = (difference, _p(pairs.p), _p(change.p), str(pairs.n), str(pairs.lost), str(pairs.gained))
     return (
         change.name,
+        change.verdict,
         both("accuracy", "{:.1f}".format, 100),
         *tested,
-        change.verdict,
         both("tokens_out", "{:.0f}".format),
         both("prefill_flops", human),
         both("ttft_ms", "{:.1f}".format),

@@ -106,8 +106,10 @@ def latex(text: str) -> str:
 
 
 def _table(title: str, rows: Sequence[Row], columns: Sequence[Column], notes: str = "") -> Table:
-    cells = tuple(tuple(cell(group) for _, cell in columns) for group in groups(rows))
-    return Table(title, tuple(name for name, _ in columns), cells, notes)
+    """A table without the columns of which nothing was measured."""
+    cells = {name: [cell(group) for group in groups(rows)] for name, cell in columns}
+    full = {name: column for name, column in cells.items() if any(column)}
+    return Table(title, tuple(full), tuple(zip(*full.values(), strict=True)), notes)
 
 
 def _markdown(text: str) -> str:
