@@ -1,4 +1,4 @@
-"""The command line: `vtc list`, `vtc bench`, `vtc flops`, `vtc show`.
+"""The command line: `vtc list`, `vtc bench`, `vtc flops`, `vtc show`, `vtc report`.
 
 Thin on purpose: it reads arguments, calls the library and prints. What a user got wrong is one line on stderr and exit
 code 2; anything else is a bug and shows its traceback.
@@ -20,7 +20,7 @@ from vtc.errors import SpecError, VtcError
 if TYPE_CHECKING:
     from vtc.compressor import Compressor
 
-OPTIONAL = frozenset({"PIL", "matplotlib", "tabulate"})  # packages that come with an extra
+OPTIONAL = frozenset({"PIL", "jinja2", "matplotlib", "tabulate"})  # packages that come with an extra
 SPEC_HELP = """
 A SPEC names a strategy and, after a colon, its parameters:
   fastervlm    fastervlm:keep=64    todre:keep=0.25,pivot=mean
@@ -50,7 +50,8 @@ examples:
   vtc bench --limit 100 --out first-look
   vtc bench --spec fastervlm --spec random --keep 0.5,0.25,28 --out results
 
-DIR then holds rows.jsonl (one object per setting), table.md and pareto.png.
+DIR then holds rows.jsonl (one object per setting), samples.jsonl (what became of
+each question), table.md and pareto.png. `vtc report DIR` makes a page of them.
 """
 FLOPS_HELP = """
 Count what one prompt costs, in closed form and without a model: encoder,
@@ -83,6 +84,27 @@ share an outline.
 SHOW_EXAMPLE = """
 example:
   vtc show photo.jpg --question "What colour is the square?" --spec fastervlm --keep 28
+"""
+REPORT_HELP = """
+Turn what `vtc bench` wrote into tables or a page, or compare two runs.
+
+RUN is the folder of a run or its rows.jsonl. Of one run: all settings with their
+costs, accuracy per type of question and, as html, plots to look into and questions
+on which a compressed model and the full one disagree, drawn. Of two: what changed
+from the first to the second, setting by setting, and whether that is more than
+noise (McNemar's exact test on the questions that both answered).
+
+Formats:
+  md       Markdown
+  csv      one line per setting, all numbers
+  latex    tables for a paper, with booktabs
+  html     one page that needs no network
+"""
+REPORT_EXAMPLE = """
+examples:
+  vtc report results --out report.html
+  vtc report results --format latex
+  vtc report before after
 """
 
 
@@ -136,6 +158,7 @@ def make_parser() -> Parser:
     _add_bench(commands)
     _add_flops(commands)
     _add_show(commands)
+    _add_report(commands)
     return parser
 
 
@@ -389,5 +412,39 @@ def run_show(options: argparse.Namespace) -> int:
     width = max(len(name) for name in answers)
     for name, answer in answers.items():
         print(f"{name.ljust(width)}  {answer}")
+    print(f"Written: {options.out}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- vtc report
+
+
+def _add_report(commands: Any) -> None:
+    summary = "tables and pages of a run, or what changed between two"
+    parser = _command(commands, "report", summary, REPORT_HELP, REPORT_EXAMPLE)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="one run, or two to compare")
+    parser.add_argument(
+        "--format", metavar="NAME", help="md, csv, latex or html (default: by the name of FILE, else md)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of printing")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=12,
+        metavar="N",
+        help="disagreements that the page draws, 0 for none (default: %(default)s)",
+    )
+    parser.set_defaults(command=run_report, extra="eval")
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """`vtc report`."""
+    from vtc.eval import report
+
+    text = report.report(options.runs, report.choose(options.format, options.out), drawings=options.samples)
+    if options.out is None:
+        print(text, end="")
+        return 0
+    report.write(text, options.out, options.runs)
     print(f"Written: {options.out}")
     return 0
