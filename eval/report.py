@@ -13,7 +13,7 @@ from vtc.errors import VtcError
 from vtc.eval import lines
 from vtc.eval.flops import human
 from vtc.eval.paired import LEVEL, Change, Comparison, compare
-from vtc.eval.table import Table, conditions, latex, render, tables
+from vtc.eval.table import Table, conditions, latex, render, tables, without_gaps
 
 Row = dict[str, Any]
 Sample = dict[str, Any]
@@ -183,7 +183,7 @@ def comparison_table(comparison: Comparison) -> Table:
         *("setting", "verdict", "accuracy %", "difference, points", "p", "p (Holm)", "questions", "lost", "gained"),
         *("visual tokens", "prefill FLOPs", "TTFT ms"),
     )
-    return Table("What changed", headings, tuple(_cells(change) for change in comparison.changes), NOTES)
+    return without_gaps("What changed", headings, [_cells(change) for change in comparison.changes], NOTES)
 
 
 def remarks_on(comparison: Comparison, first: str, second: str) -> list[str]:

@@ -100,16 +100,21 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return found
 
 
+def without_gaps(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], notes: str = "") -> Table:
+    """A table without the columns that are empty, of which nothing was measured."""
+    full = [column for column in range(len(headings)) if not cells or any(row[column] for row in cells)]
+    rows = tuple(tuple(row[column] for column in full) for row in cells)
+    return Table(title, tuple(headings[column] for column in full), rows, notes)
+
+
 def latex(text: str) -> str:
     """`text` with what LaTeX would take for commands written out."""
     return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 def _table(title: str, rows: Sequence[Row], columns: Sequence[Column], notes: str = "") -> Table:
-    """A table without the columns of which nothing was measured."""
-    cells = {name: [cell(group) for group in groups(rows)] for name, cell in columns}
-    full = {name: column for name, column in cells.items() if any(column)}
-    return Table(title, tuple(full), tuple(zip(*full.values(), strict=True)), notes)
+    cells = [[cell(group) for _, cell in columns] for group in groups(rows)]
+    return without_gaps(title, [name for name, _ in columns], cells, notes)
 
 
 def _markdown(text: str) -> str:
