@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,3 +154,26 @@ def test_a_method_of_the_callers_own_is_put_back() -> None:
         model(**inputs)
     assert calls and run.last is not None and len(run.last.kept[0]) == 4
     assert vars(model.model)["get_image_features"] is own
+
+
+@pytest.mark.parametrize("spec", ["uniform:keep=4", "uniform:keep=4,positions=original", "fastv:keep=4,layer=1"])
+@torch.no_grad()
+def test_a_compressed_cache_is_not_continued_without_a_session(spec: str) -> None:
+    """The positions and masks of what follows would be wrong, and nothing would tell."""
+    model, inputs = make_llava(), batch(1).inputs()
+    word = torch.tensor([[20]])
+    with vtc.compress(model, spec):
+        cache = model(**inputs).past_key_values
+        expected = model(input_ids=word, past_key_values=copy.deepcopy(cache)).logits
+    with pytest.raises(vtc.VtcError, match="compress the model again"):
+        model(input_ids=word, past_key_values=cache)
+    with vtc.compress(model, spec):
+        assert torch.equal(model(input_ids=word, past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_a_call_that_would_have_no_token_left_is_refused() -> None:
+    model, inputs = make_llava(), batch(1).inputs()
+    ids = inputs["input_ids"][:, inputs["input_ids"][0] == IMAGE]
+    with vtc.compress(model, "todre-inner:layer=2"), pytest.raises(vtc.VtcError, match="no token of this call"):
+        model(input_ids=ids, pixel_values=inputs["pixel_values"])

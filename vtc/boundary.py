@@ -339,6 +339,11 @@ class Places:
             for number, survivors in zip(group.members, left, strict=True):
                 spots[number] = survivors
                 lengths[self.rows[number]] -= group.dropped
+        if max(lengths) == 0:
+            raise VtcError(
+                "no token of this call would be left: it has visual tokens alone, and all of them are to be dropped; give "
+                "text together with them, or keep at least 1"
+            )
         kept = kept.view(batch, size)
         stays = kept if now is None or batch == 1 else kept & now
         shrink = Shrink.plan(stays, max(lengths))

@@ -66,10 +66,25 @@ def set_cache_state(cache: Any, state: CacheState) -> None:
     cache._vtc_state = state
 
 
+def attend(cache: Any, attended: bool) -> None:
+    """Say whether a session takes care of the call that a compressed cache is part of."""
+    if isinstance(cache, _Compressed):
+        cache._vtc_attended = attended
+
+
 class _Compressed:
     """Mixed into the class of one cache object, once a compressed call has filled it."""
 
     _vtc_state: CacheState | None
+    _vtc_attended: bool = False
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if self._vtc_state is not None and not self._vtc_attended:
+            raise VtcError(
+                "this cache was filled by a compressed model, which is not compressed any more: it holds fewer tokens than "
+                "the model believes; compress the model again, or start with a new cache"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
         held = super().get_seq_length(layer_idx, *args, **kwargs)  # type: ignore[misc]

@@ -60,7 +60,8 @@ class Call:
         alone: whether the language model was called without the multimodal module around it.
         encoded: outputs of the encoder, by modality.
         layouts, modalities: one per visual input.
-        state: of the cache that came with the call.
+        cache: that came with the call.
+        state: of this cache.
         own_mask: whether the caller prepared the attention mask, which is then cut rather than built anew.
         stretches: the layers that ran so far, by the tokens they saw; empty if the call is none of our business.
         places: where the visual tokens stand in front of the next layer; `None` if there are none.
@@ -79,6 +80,7 @@ class Call:
     encoded: dict[str, Any] = field(default_factory=dict)
     layouts: list[Layout] = field(default_factory=list)
     modalities: list[str] = field(default_factory=list)
+    cache: Any = None
     state: CacheState | None = None
     own_mask: bool = False
     stretches: list[Stretch] = field(default_factory=list)

@@ -28,7 +28,7 @@ from vtc.boundary import (
     put_back,
     truncate,
 )
-from vtc.cache import CacheState, cache_state, set_cache_state
+from vtc.cache import CacheState, attend, cache_state, set_cache_state
 from vtc.call import Call, Record, Seen, Stage
 from vtc.choice import Group, choose
 from vtc.compressor import Compressor, DecoderCompressor
@@ -136,6 +136,8 @@ class Interception:
         if state is None and not call.encoded:
             return None
         self._check_cache(cache, state)
+        attend(cache, True)
+        call.cache = cache
         prepared = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
         call.own_mask = prepared and not getattr(cache, "is_compileable", False)
         stretch, shrink = open_stretch(arguments, state), None
@@ -186,6 +188,7 @@ class Interception:
         call = self._call
         if call is None:
             return None
+        attend(call.cache, False)
         if call.alone:  # nobody else ends this call
             self._local.call = None
         return self._finish(call, output) if call.stretches and output is not None else None
