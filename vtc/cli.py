@@ -1,4 +1,4 @@
-"""The command line: `vtc list`, `vtc bench`, `vtc flops`, `vtc show`, `vtc report`.
+"""The command line: `vtc list`, `vtc bench`, `vtc eval`, `vtc flops`, `vtc show`, `vtc report`.
 
 Thin on purpose: it reads arguments, calls the library and prints. What a user got wrong is one line on stderr and exit
 code 2; anything else is a bug and shows its traceback.
@@ -20,7 +20,7 @@ from vtc.errors import SpecError, VtcError
 if TYPE_CHECKING:
     from vtc.compressor import Compressor
 
-OPTIONAL = frozenset({"PIL", "jinja2", "matplotlib", "tabulate"})  # packages that come with an extra
+OPTIONAL = frozenset({"PIL", "jinja2", "lmms_eval", "matplotlib", "tabulate"})  # packages that come with an extra
 SPEC_HELP = """
 A SPEC names a strategy and, after a colon, its parameters:
   fastervlm    fastervlm:keep=64    todre:keep=0.25,pivot=mean
@@ -52,6 +52,27 @@ examples:
 
 DIR then holds rows.jsonl (one object per setting), samples.jsonl (what became of
 each question), table.md and pareto.png. `vtc report DIR` makes a page of them.
+"""
+EVAL_HELP = (
+    """
+Answer the questions of tasks with one model and one strategy: accuracy per task,
+and per document what the answer cost the language model (visual tokens, FLOPs,
+time to first token).
+
+The task `scenes` is bundled. All others come from lmms-eval: its own, and those
+in a folder of yours. A run that was interrupted goes on when it is started again
+with the same --out. Questions that raise are listed and get no answer; then there
+are no scores, and the exit code is 1.
+"""
+    + SPEC_HELP
+)
+EVAL_EXAMPLE = """
+examples:
+  vtc eval --tasks scenes --limit 100 --spec fastervlm:keep=64 --out results
+  vtc eval --model PATH --spec divprune:keep=0.11 --tasks mme,pope --out results
+  accelerate launch -m vtc eval --model PATH --tasks videomme --device cuda --out results
+
+DIR then holds results.json (per task), rows.jsonl (per document) and the answers.
 """
 FLOPS_HELP = """
 Count what one prompt costs, in closed form and without a model: encoder,
@@ -156,6 +177,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     _add_list(commands)
     _add_bench(commands)
+    _add_eval(commands)
     _add_flops(commands)
     _add_show(commands)
     _add_report(commands)
@@ -315,6 +337,84 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+# --------------------------------------------------------------------------------------------------------- vtc eval
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(commands, "eval", "accuracy on tasks, with or without lmms-eval", EVAL_HELP, EVAL_EXAMPLE)
+    _add_model(parser)
+    parser.add_argument(
+        "--tasks", default="", metavar="LIST", help="tasks, separated by commas: scenes, or names that lmms-eval knows"
+    )
+    parser.add_argument("--spec", default="none", metavar="SPEC", help="strategies (default: no compression)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; what is there is continued")
+    parser.add_argument("--overwrite", action="store_true", help="replace results of an earlier run in DIR")
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N documents of each task (default: all)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="questions answered at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--include-path",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder with tasks for lmms-eval (YAML); repeat it for more",
+    )
+    parser.add_argument("--simple", action="store_true", help="use the simple form of lmms-eval's tasks, not messages")
+    parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a clip (default: %(default)s)")
+    parser.add_argument(
+        "--reader", default="auto", metavar="NAME", help="of video files: pyav, decord, torchcodec (default: any)"
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="DIR", help="only write the bundled questions to DIR, as lmms-eval's vtc_scenes"
+    )
+    parser.set_defaults(command=run_eval, extra="lmms")
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """`vtc eval`."""
+    from vtc.eval.lmms import export, run, torchvision
+    from vtc.eval.lmms.record import Failed
+
+    if options.limit is not None and options.limit < 1:
+        raise VtcError(f"--limit is {options.limit}; use at least 1")
+    if options.export is not None:
+        print(f"Written: {export.export(options.export, options.limit)}")
+        return 0
+    if options.out is None:
+        raise VtcError("--out DIR is missing: the folder for the results")
+    settings = run.Settings(
+        out=options.out,
+        tasks=tuple(dict.fromkeys(filter(None, (task.strip() for task in options.tasks.split(","))))),
+        model=options.model,
+        spec=options.spec,
+        include=tuple(options.include_path),
+        simple=options.simple,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        device=options.device,
+        dtype=options.dtype,
+        attention=options.attn,
+        frames=options.frames,
+        reader=options.reader,
+        overwrite=options.overwrite,
+    )
+    torchvision.mend()  # before transformers, which imports it
+    quiet()
+    try:
+        results = run.run(settings)
+    except Failed as error:
+        for failure in error.failures:
+            print(f"  {failure}", file=sys.stderr)
+        count, listed = len(error.failures), options.out / "failures.jsonl"
+        return fail(f"{count} questions have no answer, so there are no scores; see {listed}", code=1)
+    if results is not None:  # on the first of several processes
+        print(run.table(results))
+        print(f"Written: {options.out / 'results.json'}, {options.out / 'rows.jsonl'}")
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------------- vtc flops
