@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vtc.errors import VtcError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from vtc.adapters.base import Adapter
     from vtc.call import Record
+    from vtc.picture import Fit
     from vtc.selection import Selection
 
 
@@ -24,11 +26,13 @@ class StageReport:
         spec: the compressor.
         layer: in front of which decoder layer; 0 is the language model's input.
         kept: per visual input, what was left afterwards, in the numbering of the uncompressed tokens.
+        sources: per visual input, where the uncompressed tokens had gone by then, as in `Report`.
     """
 
     spec: str
     layer: int
     kept: tuple[tuple[int, ...], ...]
+    sources: tuple[tuple[int, ...] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Report:
     def __str__(self) -> str:
         ratio = self.prefill_flops / self.prefill_flops_full
         lines = [f"{self.spec}: {self.tokens_in} -> {self.tokens_out} visual tokens, {ratio:.2f}x prefill FLOPs"]
-        for number, (kept, layout) in enumerate(zip(self.kept, self.layouts, strict=True)):
+        for number, layout in enumerate(self.layouts):
             counts = [layout.tokens, *(len(stage.kept[number]) for stage in self.stages)]
             steps = " -> ".join(str(count) for count in counts)
             lines.append(f"  {self.modalities[number]} {number}: {_shape(layout)} = {steps}")
@@ -96,23 +100,76 @@ class Report:
         sizes = {"tokens_in": self.tokens_in, "tokens_out": self.tokens_out, "sequence_out": self.sequence_out}
         return {**asdict(self), **sizes}
 
-    def show(self, image: Image, number: int = 0, fit: Literal["crop", "resize"] | None = None) -> Image:
-        """A picture of what survived: dropped patches dimmed, merged groups outlined.
+    def show(
+        self,
+        image: Any,
+        number: int = 0,
+        fit: Fit | None = None,
+        stage: int | None = None,
+        caption: str | None = None,
+    ) -> Image:
+        """A picture of what survived: dropped patches dimmed, merged groups outlined, budget and FLOPs below.
 
         Args:
-            image: the picture that was given to the processor.
+            image: the picture that was given to the processor, or the frames of the clip; see `vtc.picture.views`. Of
+                an image in several resolutions the thumbnail and the crops are drawn, of a clip all frames.
             number: which visual input of the call it is.
-            fit: how the processor brought the picture to the encoder's shape, `"crop"` (its middle) or `"resize"`
-                (squashed). Only the processor knows; the default is what processors of this family usually do.
+            fit: how the processor brought a picture to the encoder's shape: `"crop"` (its middle), `"resize"`
+                (squashed) or `"pad"`. Only the processor knows; the default is what those of this family usually do.
+            stage: what was left after this one of `stages`; the default is the last.
+            caption: the text below instead of `self.caption(number, stage)`; an empty one for none.
         """
-        from vtc.picture import draw
+        from vtc.picture import draw, side_by_side
 
+        drawn = draw(image, *self._after(number, stage), fit or self.fit)
+        text = self.caption(number, stage) if caption is None else caption
+        return side_by_side([drawn], [text]) if text else drawn
+
+    def animate(
+        self,
+        frames: Any,
+        path: str | Path,
+        number: int = 0,
+        fit: Fit | None = None,
+        stage: int | None = None,
+        seconds: float = 0.5,
+    ) -> None:
+        """Save what survived of a clip as a GIF, `seconds` per frame; the other arguments are those of `show`."""
+        from vtc.picture import save_gif, side_by_side
+
+        text = self.caption(number, stage)
+        save_gif([side_by_side([view], [text]) for view in self.views(frames, number, fit, stage)], path, seconds)
+
+    def views(self, image: Any, number: int = 0, fit: Fit | None = None, stage: int | None = None) -> list[Image]:
+        """The single pictures that `show` puts on one sheet: frames, or thumbnail and crops."""
+        from vtc.picture import views
+
+        return views(image, *self._after(number, stage), fit or self.fit)
+
+    def caption(self, number: int = 0, stage: int | None = None) -> str:
+        """What a picture of visual input `number` shows: spec, tokens kept, FLOPs of the call."""
+        layout, kept, _ = self._after(number, stage)
+        shown = {place for view in layout.views for place in view.places()}
+        text = f"{len(kept)} of {layout.tokens} tokens"
+        if len(shown) < layout.tokens:
+            separators = len(kept) - len(shown.intersection(kept))
+            text += f" (separators: {separators} of {layout.tokens - len(shown)})"
+        if stage is None:
+            last = self.stages[-1].layer if self.stages else 0
+            place = f" from decoder layer {last} on" if last else ""
+            return f"{self.spec}\n{text}{place}, {self.prefill_flops / self.prefill_flops_full:.2f}x prefill FLOPs"
+        done = self.stages[stage]
+        place = f"from decoder layer {done.layer} on" if done.layer else "at the input"
+        return f"{done.spec}\n{text} {place}"
+
+    def _after(self, number: int, stage: int | None) -> tuple[Layout, tuple[int, ...], tuple[int, ...] | None]:
+        """Layout of a visual input, and what was left of it and where the others went after a stage."""
         if not 0 <= number < len(self.kept):
             raise VtcError(f"the call had {len(self.kept)} visual inputs; there is no number {number}")
-        layout = self.layouts[number]
-        if layout.grid[1] * layout.grid[2] * layout.grid[0] != layout.tokens or layout.grid[0] > 1:
-            raise VtcError("only images of one view can be drawn so far, not crops or clips")
-        return draw(image, layout.grid, self.kept[number], self.sources[number], fit or self.fit)
+        if stage is not None and not -len(self.stages) <= stage < len(self.stages):
+            raise VtcError(f"the call had {len(self.stages)} stages; there is no stage {stage}")
+        at = self if stage is None else self.stages[stage]
+        return self.layouts[number], at.kept[number], at.sources[number]
 
 
 def make_report(spec: str, record: Record, adapter: Adapter) -> Report:
@@ -128,15 +185,13 @@ def make_report(spec: str, record: Record, adapter: Adapter) -> Report:
                 step, before = group.selection.row(row), so_far[number]
                 so_far[number] = step if before is None else before.then(step)
         kept = tuple(_kept(so_far[number], record.layouts[number]) for number in inputs)
-        stages.append(StageReport(stage.spec, stage.layer, kept))
+        stages.append(StageReport(stage.spec, stage.layer, kept, tuple(map(_sources, so_far))))
     depth = adapter.text_config.num_hidden_layers
     lengths = [[length for first, length in record.stretches if first <= layer][-1] for layer in range(depth)]
     return Report(
         spec=spec,
         kept=tuple(_kept(so_far[number], record.layouts[number]) for number in inputs),
-        sources=tuple(
-            None if map_ is None or not map_.merges else tuple(map_.sources()[0].tolist()) for map_ in so_far
-        ),
+        sources=tuple(map(_sources, so_far)),
         layouts=tuple(record.layouts),
         modalities=tuple(record.modalities),
         stages=tuple(stages),
@@ -151,6 +206,10 @@ def make_report(spec: str, record: Record, adapter: Adapter) -> Report:
 
 def _kept(selection: Selection | None, layout: Layout) -> tuple[int, ...]:
     return tuple(range(layout.tokens)) if selection is None else tuple(selection.index[0].tolist())
+
+
+def _sources(selection: Selection | None) -> tuple[int, ...] | None:
+    return None if selection is None or not selection.merges else tuple(selection.sources()[0].tolist())
 
 
 def _shape(layout: Layout) -> str:
