@@ -18,7 +18,6 @@ import vtc
 from families import (
     FAMILIES,
     GREEDY,
-    IMAGE,
     LAYERS,
     ONE_IMAGE,
     TEXT,
@@ -33,7 +32,7 @@ from families import (
     qwen2,
 )
 from oracle import CLOSE, deep_features, error, heard, true_positions
-from vtc.compressor import DecoderCompressor, LayerCompressor, parse
+from vtc.compressor import DecoderCompressor, LayerCompressor
 from vtc.selection import Selection
 from vtc.visual import Layout, Visual
 
@@ -848,8 +847,8 @@ def test_exchanged_attention_is_that_of_the_whole_map(family: Family, attention:
 @torch.no_grad()
 def test_exchanged_attention_of_a_second_turn() -> None:
     """Text of the second turn and its image; the first turn takes its share of the attention and counts as neither."""
-    family, first = FAMILIES["llava"], FAMILIES["llava"].batch([ONE_IMAGE])
-    model, told = family.model(), Exchange(layer=2)
+    family, told = FAMILIES["llava"], Exchange(layer=2)
+    model = family.model()
     prompts = family.batch([("text", "image", "text", "image", "text", "image", "text")])
     start = prompts.rows[0].shown[1].places[0] - 2
     pieces = parts_of(prompts, [start])
@@ -863,7 +862,7 @@ def test_exchanged_attention_of_a_second_turn() -> None:
     places = [place - start for shown in prompts.rows[0].shown[1:] for place in shown.places]
     expected = masses(share[start:, start:], places)
     assert len(told.told) == 2 and all(near(one[0], expected) for one in told.told)
-    assert expected[1] > 0 and first.rows
+    assert expected[1] > 0  # the second image sees the text between the two
 
 
 @pytest.mark.parametrize("position", [0, 1])
@@ -896,4 +895,3 @@ def test_the_tests_own_strategy_is_what_it_says() -> None:
     layout = Layout.frames(1, 1, 7)
     assert Even(at=(1, 3)).budgets(layout) == (4, 2) and Even(at=(1, 3)).budget(layout) == 2
     assert Even().select(Visual(layout, 2, torch.device("cpu"), {}, 4)).index.tolist() == [[0, 2, 4, 6]] * 2
-    assert parse("fastv").site == Even.site == "decoder" and IMAGE
