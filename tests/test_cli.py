@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import vtc
 from checkpoints import TOKENS, save_llava, save_text_only
+from families import FAMILIES, ONE_CLIP, Family
 from vtc import cli
-from vtc.eval import scenes
+from vtc.errors import VtcError
+from vtc.eval import bench, scenes, show
+from vtc.eval.lmms.clips import Clip
+from vtc.eval.pictures import open_visual
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +111,11 @@ BAD_INPUT = {
     "not a picture": (("show", "{root}/notes.txt", *SHOW[2:], "--spec", "uniform"), "as a picture"),
     "a broken picture": (("show", "{root}/broken.png", *SHOW[2:], "--spec", "uniform"), "as a picture"),
     "a folder as a picture": (("show", "{root}", *SHOW[2:], "--spec", "uniform"), "as a picture"),
+    "a folder without pictures": (("show", "{root}/empty", *SHOW[2:], "--spec", "uniform"), "holds no pictures"),
+    "no such video": (("show", "{root}/nothing.mp4", *SHOW[2:], "--spec", "uniform"), "no file"),
+    "frames of two sizes": (("show", "{root}/wide.jpg", *SHOW[1:], "--spec", "uniform"), "of one size"),
+    "frames for a model of pictures": (("show", "{root}/scene.png", *SHOW[1:], "--spec", "uniform"), "not clips"),
+    "no frames": ((*SHOW, "--spec", "pool", "--frames", "0"), "use at least 1"),
     "show an unknown strategy": ((*SHOW, "--spec", "pol"), "did you mean 'pool'?"),
     "show more than there is": ((*SHOW, "--spec", "uniform", "--keep", "17"), "use at most 16"),
     "show without a spec": (SHOW, "--spec"),
@@ -275,6 +287,111 @@ def test_show_draws_what_the_processor_does(
     command = ("show", root / "wide.jpg", "--question", "What is red?", "--spec", "uniform", "--keep", "5")
     assert cli.main([str(part) for part in (*command, "--model", root / tower, "--out", tmp_path / "kept.png")]) == 0
     assert fits == [fit]
+
+
+def test_show_has_a_panel_for_each_stage(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtc import picture
+
+    sheets: list[Sequence[str]] = []
+    monkeypatch.setattr(picture, "side_by_side", lambda panels, captions, columns: sheets.append(captions) or panels[0])
+    answers = show.show(
+        root / "wide.jpg",
+        "What is red?",
+        ["uniform:keep=8+fastv:keep=4,layer=1", "pool:keep=4"],
+        bench.Options(model=str(root / "clip"), keeps=()),
+        tmp_path / "kept.png",
+    )
+    whole, first, second, pool = (caption.splitlines() for caption in sheets[0])
+    both, single = list(answers)[1:]
+    assert whole == ["What is red?", f"all tokens: {answers['all tokens']}"]
+    assert first == [both.partition("+")[0], f"8 of {TOKENS} tokens at the input"]
+    assert second[0] == both and second[2] == answers[both]
+    assert second[1].startswith(f"4 of {TOKENS} tokens from decoder layer 1 on, 0.") and "x prefill FLOPs" in second[1]
+    assert pool[0] == single and pool[1].startswith(f"4 of {TOKENS} tokens, 0.") and pool[2] == answers[single]
+
+
+def test_panels_of_many_strategies_are_in_rows(root: Path, tmp_path: Path) -> None:
+    specs = [f"uniform:keep={keep}" for keep in range(1, 8)]
+    options = bench.Options(model=str(root / "clip"), keeps=())
+    show.show(root / "scene.png", "What is red?", specs, options, tmp_path / "kept.png", max_new_tokens=1)
+    with Image.open(tmp_path / "kept.png") as sheet:
+        assert 1.2 < sheet.width / sheet.height < 2, "eight panels, four in a row"
+
+
+class Clips:
+    """Stands in for the processor of a tiny family that takes clips of three frames."""
+
+    video_token = "<video>"
+    video_processor = image_processor = SimpleNamespace(do_center_crop=False)
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, **given: Any) -> dict[str, torch.Tensor]:
+        self.asked.append(given)
+        return self.family.batch((ONE_CLIP,)).inputs()
+
+    def decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> str:
+        return " ".join(str(number) for number in ids.tolist())
+
+
+@pytest.fixture
+def clips(monkeypatch: pytest.MonkeyPatch) -> Clips:
+    family = FAMILIES["llava-onevision"]
+    clips = Clips(family)
+    monkeypatch.setattr(show, "load_model", lambda options: (family.model(), clips))
+    return clips
+
+
+def frames_in(folder: Path) -> list[Path]:
+    folder.mkdir(parents=True)
+    for number in (9, 10, 11):
+        Image.new("RGB", (70, 50), (number * 20, 40, 40)).save(folder / f"frame-{number}.png")
+    return [folder / f"frame-{number}.png" for number in (9, 10, 11)]
+
+
+@pytest.mark.parametrize("form", ["folder", "files", "gif"])
+def test_show_draws_clips(form: str, tmp_path: Path, clips: Clips, capsys: pytest.CaptureFixture[str]) -> None:
+    files = frames_in(tmp_path / "frames")
+    given: list[Path] = {"folder": [tmp_path / "frames"], "files": files, "gif": [tmp_path / "clip.gif"]}[form]
+    pictures = [Image.open(file).quantize(4) for file in files]
+    pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:])
+    out = tmp_path / "kept.png"
+    command = ("show", *given, "--question", "What moves?", "--spec", "uniform", "--keep", "0.3", "--out", out)
+    code, printed, err = run(capsys, *command, "--max-new-tokens", "2")
+    assert (code, err) == (0, "")
+    assert [line.split("  ")[0] for line in printed.splitlines()[:2]] == ["all tokens", "uniform:keep=0.3"]
+    (asked,) = clips.asked
+    assert "What moves?" in asked["text"][0] and "<video>" in asked["text"][0]
+    assert asked["videos"][0].shape == (3, 50, 70, 3)
+    assert asked["videos"][0][:, 25, 35, 0].tolist() == [180, 200, 220], "in the order of their numbers"
+    with Image.open(out) as sheet:
+        colours = {colour for _, colour in sheet.getcolors(2**24)}
+        assert {(180, 40, 40), (200, 40, 40), (220, 40, 40)} <= colours
+
+
+def test_show_moves(tmp_path: Path, clips: Clips, capsys: pytest.CaptureFixture[str]) -> None:
+    files, out = frames_in(tmp_path / "frames"), tmp_path / "deep" / "kept.gif"
+    command = ("show", *files, "--question", "What moves?", "--spec", "holitom:keep=0.4", "--spec", "uniform:keep=4")
+    assert run(capsys, *command, "--out", out, "--max-new-tokens", "1")[0] == 0
+    with Image.open(out) as moving:
+        assert moving.n_frames == 3  # type: ignore[attr-defined]
+        assert moving.width > 3 * 500
+
+
+def test_of_an_animated_picture_some_frames_are_shown(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (20, 20), (10 * number, 0, 0)) for number in range(10)]
+    frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:], lossless=True)
+    clip = open_visual([tmp_path / "clip.webp"], 4)
+    assert isinstance(clip, Clip) and clip.frames[:, 0, 0, 0].tolist() == [0, 30, 60, 90]
+
+
+def test_a_video_without_a_reader(tmp_path: Path, clips: Clips, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtc.eval.lmms.clips._installed", lambda reader: False)
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    with pytest.raises(VtcError, match="pip install av"):
+        open_visual([tmp_path / "clip.mp4"], 8)
 
 
 def test_flops_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:

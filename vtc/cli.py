@@ -96,15 +96,17 @@ examples:
 """
 SHOW_HELP = (
     """
-Draw which parts of an image survive compression, and print what the model
-answers with and without it. What was dropped is dark; tokens that were merged
-share an outline.
+Draw which parts of an image or a clip survive compression, and print what the
+model answers with and without it. What was dropped is dark; tokens that were
+merged share an outline, in all frames. A SPEC that acts at several places has a
+picture for each.
 """
     + SPEC_HELP
 )
 SHOW_EXAMPLE = """
-example:
+examples:
   vtc show photo.jpg --question "What colour is the square?" --spec fastervlm --keep 28
+  vtc show talk.mp4 --model PATH --question "Who speaks?" --spec holitom --out kept.gif
 """
 REPORT_HELP = """
 Turn what `vtc bench` wrote into tables or a page, or compare two runs.
@@ -474,8 +476,14 @@ def run_flops(options: argparse.Namespace) -> int:
 
 
 def _add_show(commands: Any) -> None:
-    parser = _command(commands, "show", "draw which parts of an image survive", SHOW_HELP, SHOW_EXAMPLE)
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture: PNG, JPEG, ...")
+    parser = _command(commands, "show", "draw which parts of an image or a clip survive", SHOW_HELP, SHOW_EXAMPLE)
+    parser.add_argument(
+        "image",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="a picture; or a clip: a video, an animated picture, a folder of frames, or several pictures",
+    )
     parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask about it")
     parser.add_argument(
         "--spec", action="append", required=True, metavar="SPEC", help="a strategy; repeat it for one more panel"
@@ -484,7 +492,18 @@ def _add_show(commands: Any) -> None:
         "--keep", metavar="K", help="budget for specs that do not name their own: tokens (64) or a fraction (0.25)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("kept.png"), metavar="FILE", help="picture (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("kept.png"),
+        metavar="FILE",
+        help="picture, or kept.gif for a clip that moves (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        default=8,
+        metavar="N",
+        help="frames of a video that the model sees (default: %(default)s)",
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: %(default)s)"
@@ -507,7 +526,13 @@ def run_show(options: argparse.Namespace) -> int:
         device=options.device,
     )
     answers = show(
-        options.image, options.question, options.spec, chosen, options.out, max_new_tokens=options.max_new_tokens
+        options.image,
+        options.question,
+        options.spec,
+        chosen,
+        options.out,
+        frames=options.frames,
+        max_new_tokens=options.max_new_tokens,
     )
     width = max(len(name) for name in answers)
     for name, answer in answers.items():

@@ -116,7 +116,8 @@ def side_by_side(
     panels: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None, border: int = MARGIN
 ) -> Image.Image:
     """Pictures in a row, or in rows of `columns`, each above its caption (lines are kept, long ones wrapped)."""
-    size = max(13, round(0.75 * math.sqrt(min(panel.width for panel in panels))))
+    narrowest = min(panel.width for panel in panels)
+    size, gap = max(13, round(0.75 * math.sqrt(narrowest))), max(MARGIN, narrowest // 40)
     font = ImageFont.load_default(size)
     texts = [_wrap(caption, font, panel.width) for panel, caption in zip(panels, captions, strict=True)]
     line, columns = round(1.4 * size), columns or len(panels)
@@ -124,7 +125,7 @@ def side_by_side(
     tall = [max(panels[number].height for number in row) for row in rows]
     text = [line * max(len(texts[number]) for number in row) for row in rows]
     wide = [max(panel.width for panel in panels[column::columns]) for column in range(columns)]
-    width = sum(wide) + MARGIN * (columns - 1) + 2 * border
+    width = sum(wide) + gap * (columns - 1) + 2 * border
     height = sum(tall) + sum(text) + MARGIN * len(rows) + 2 * MARGIN * (len(rows) - 1) + 2 * border
     sheet = Image.new("RGB", (width, height), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
@@ -135,7 +136,7 @@ def side_by_side(
             sheet.paste(panels[number], (left, top))
             for place, words in enumerate(texts[number]):
                 pen.text((left, top + tallest + MARGIN + place * line), words, fill=(0, 0, 0), font=font)
-            left += widest + MARGIN
+            left += widest + gap
         top += tallest + below + 3 * MARGIN
     return sheet
 
