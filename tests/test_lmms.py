@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,40 @@ def test_readers_give_the_frames_that_were_asked_for(reader: str, video: Path) -
     assert np.allclose(clip.frames.mean((1, 2, 3)), [12 * n for n in clip.indices], atol=4)
 
 
+@pytest.fixture(scope="module", params=["onevision", "qwen"])
+def film_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torchvision", reason="torchvision, which processors of clips need, is not installed")
+    import video_checkpoints
+
+    folder = tmp_path_factory.mktemp("films") / request.param
+    return {"onevision": video_checkpoints.save_onevision, "qwen": video_checkpoints.save_qwen}[request.param](folder)
+
+
+@pytest.mark.parametrize("spec", ["none", "uniform:keep=4", "uniform:keep=6+fastv:keep=3,layer=1"])
+def test_batches_with_clips_answer_like_single_questions(spec: str, film_model: Path, items: list[scenes.Item]) -> None:
+    images = [item.image for item in items]
+    noise = np.random.default_rng(0)
+    asked = []
+    shown: list[tuple[list[Any], list[int]]] = [
+        *((images[:1], []), (images[1:2], []), ([], []), (images[2:4], []), (images[4:6], [])),
+        *(([], [4]), ([], [4]), ([], [6]), (images[:1], [4]), (images[1:2], [4])),
+    ]
+    for number, (pictures, lengths) in enumerate(shown):
+        films = [noise.integers(0, 255, (length, 56, 84, 3), dtype=np.uint8) for length in lengths]
+        content = [*({"type": "image"} for _ in pictures), *({"type": "video"} for _ in films)]
+        text = items[number % len(items)].question
+        prompt = Prompt([{"role": "user", "content": [*content, {"type": "text", "text": text}]}], pictures, films)
+        asked.append(Question(("task", "test", number, 0), partial(copy, prompt), {"max_new_tokens": 5}, text))
+    alone = make_answerer(Options(model=str(film_model), batch_size=1), spec).answer(asked, Record(None))
+    together = make_answerer(Options(model=str(film_model), batch_size=10), spec).answer(asked, Record(None))
+    assert [one["batch"] for one in together] == [2, 2, 1, 2, 2, 2, 2, 1, 2, 2]
+    for one, other in zip(alone, together, strict=True):
+        assert {name for name in one if one[name] != other[name]} <= {"batch", "prepare_ms", "ttft_ms", "generate_ms"}
+    if spec != "none":
+        left = [(len(pictures) + len(lengths)) * (3 if "+" in spec else 4) for pictures, lengths in shown]
+        assert [one["visual_tokens_out"] for one in together] == left
+
+
 def test_arrays_are_clips_too() -> None:
     frames = np.zeros((3, 8, 8, 3), np.uint8)
     clip = clips.read(frames, 2)
@@ -320,7 +356,7 @@ def test_scenes_score_as_in_the_bench(
     code, out, _ = command(capsys, *arguments, "--out", tmp_path)
     assert code == 0 and "exact_match" in out
     given, expected = bench_accuracy(spec, asked)
-    rows = lines_of(tmp_path / "rows.jsonl")
+    rows = lines_of(tmp_path / "documents.jsonl")
     assert [accuracy.normalise(one["answer"]) for one in rows] == given
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["tasks"]["scenes"]["exact_match"] == expected
@@ -341,15 +377,15 @@ def test_eval_goes_on_and_refuses_another_run(folder: Path, tmp_path: Path, caps
     out = tmp_path / "deep" / "results"
     base = ("--model", folder, "--tasks", "scenes", "--out", out)
     assert command(capsys, *base, "--limit", 3, "--spec", "uniform:keep=4")[0] == 0
-    before = lines_of(out / "rows.jsonl")
+    before = lines_of(out / "documents.jsonl")
     assert command(capsys, *base, "--limit", 6, "--spec", "uniform:keep=4", "--batch-size", 2)[0] == 0
-    after = lines_of(out / "rows.jsonl")
+    after = lines_of(out / "documents.jsonl")
     assert after[:3] == before, "times included: they were not asked again"
     assert [one["doc_id"] for one in after] == list(range(6))
     code, _, err = command(capsys, *base, "--limit", 6, "--spec", "uniform:keep=5")
     assert code == 2 and "spec was uniform:keep=4 and is uniform:keep=5" in err and "--overwrite" in err
     assert command(capsys, *base, "--limit", 2, "--spec", "uniform:keep=5", "--overwrite")[0] == 0
-    assert [one["visual_tokens_out"] for one in lines_of(out / "rows.jsonl")] == [5, 5]
+    assert [one["visual_tokens_out"] for one in lines_of(out / "documents.jsonl")] == [5, 5]
 
 
 def test_failures_are_listed_and_the_exit_code_says_so(
@@ -359,7 +395,7 @@ def test_failures_are_listed_and_the_exit_code_says_so(
     generate = Answerer._generate
 
     def broken(self: Any, batch: Any, session: Any) -> Any:
-        if batch[0][0].key[2] == 2:
+        if batch[0].question.key[2] == 2:
             raise RuntimeError("no\nmemory")
         return generate(self, batch, session)
 
@@ -371,7 +407,7 @@ def test_failures_are_listed_and_the_exit_code_says_so(
     assert [one["doc_id"] for one in lines_of(tmp_path / "failures.jsonl")] == [2]
     assert not (tmp_path / "results.json").exists(), "three of four answers make no accuracy"
     assert command(capsys, *base)[0] == 0
-    assert len(lines_of(tmp_path / "rows.jsonl")) == 4 and not (tmp_path / "failures.jsonl").exists()
+    assert len(lines_of(tmp_path / "documents.jsonl")) == 4 and not (tmp_path / "failures.jsonl").exists()
 
 
 BASE = ("--tasks", "scenes", "--out", "{root}/new")
@@ -493,7 +529,7 @@ def test_both_ways_give_the_same_accuracy(
     assert done.returncode == 0, done.stderr
     given, expected = bench_accuracy(spec, asked)
     found = json.loads((tmp_path / "results.json").read_text())["tasks"]["vtc_scenes"]
-    rows = lines_of(tmp_path / "rows.jsonl")
+    rows = lines_of(tmp_path / "documents.jsonl")
     assert [accuracy.normalise(one["answer"]) for one in rows] == given
     assert (found["exact_match"], found["n"]) == (expected, len(asked))
     assert sum(one["exact_match"] for one in rows) / len(rows) == expected
@@ -555,7 +591,7 @@ torchvision.mend()
 from vtc.eval.lmms.answering import Answerer
 generate = Answerer._generate
 def broken(self, batch, session):
-    if batch[0][0].key[2] == 5:
+    if batch[0].question.key[2] == 5:
         {action}
     return generate(self, batch, session)
 Answerer._generate = broken
@@ -581,7 +617,7 @@ def test_lmms_eval_scores_nothing_until_all_is_answered(
     assert done.returncode == 0, done.stderr
     after = record.read_answers(tmp_path)
     assert {key: after[key] for key in before} == before, "answers that were there were not asked for again"
-    assert [one["doc_id"] for one in lines_of(tmp_path / "rows.jsonl")] == list(range(8))
+    assert [one["doc_id"] for one in lines_of(tmp_path / "documents.jsonl")] == list(range(8))
     assert json.loads((tmp_path / "results.json").read_text())["tasks"]["vtc_scenes"]["n"] == 8
 
 
@@ -598,7 +634,7 @@ def test_two_processes_answer_like_one(name: str, task: Path, tmp_path: Path, ou
     one, two = (
         [
             {key: value for key, value in line.items() if key not in timed}
-            for line in lines_of(tmp_path / part / "rows.jsonl")
+            for line in lines_of(tmp_path / part / "documents.jsonl")
         ]
         for part in ("one", "two")
     )
@@ -606,3 +642,36 @@ def test_two_processes_answer_like_one(name: str, task: Path, tmp_path: Path, ou
     assert [len(record.read_lines(tmp_path / "two" / f"answers-{rank}.jsonl")) for rank in (0, 1)] == [4, 3]
     scores = [json.loads((tmp_path / part / "results.json").read_text())["tasks"][name] for part in ("one", "two")]
     assert scores[0]["exact_match"] == scores[1]["exact_match"] and scores[1]["n"] == 7
+
+
+FILMS = """\
+from vtc.eval.lmms.export import doc_to_text, mean, process_results
+
+def doc_to_visual(doc):
+    return [doc["video"]]
+"""
+
+
+@needs_lmms
+@pytest.mark.parametrize("form", [(), ("--simple",)])
+def test_videos_through_lmms_eval(
+    form: tuple[str, ...], film_model: Path, video: Path, task: Path, tmp_path: Path, outside: Any
+) -> None:
+    documents = [{"question": question, "answer": "red", "video": str(video)} for question in ("Where?", "What digit?")]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
+    (tmp_path / "utils.py").write_text(FILMS)
+    body = (task / "vtc_scenes.yaml").read_text().replace(str(task / "test.jsonl"), str(tmp_path / "test.jsonl"))
+    (tmp_path / "films.yaml").write_text(body.replace("vtc_scenes", "films"))
+    arguments = ("--model", film_model, "--tasks", "films", "--include-path", tmp_path, "--batch-size", 2, *form)
+    done = outside(
+        "-m", "vtc", "eval", *arguments, "--frames", 6, "--spec", "uniform:keep=4", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    answerer = make_answerer(Options(model=str(film_model)), "uniform:keep=4", frames=6)
+    content = [{"type": "video"}, {"type": "text", "text": "Where?"}]
+    prompt = Prompt([{"role": "user", "content": content}], [], [str(video)])
+    (mine,) = answerer.answer([Question(("films", "test", 0, 0), lambda: prompt, export.GENERATION)], Record(None))
+    rows = lines_of(tmp_path / "out" / "documents.jsonl")
+    assert [one["batch"] for one in rows] == [2, 2] and [one["visual_tokens_out"] for one in rows] == [4, 4]
+    same = ("answer", "visual_tokens_in", "input_tokens_in", "input_tokens", "prefill_flops", "output_tokens")
+    assert [rows[0][name] for name in same] == [mine[name] for name in same]

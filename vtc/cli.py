@@ -72,7 +72,7 @@ examples:
   vtc eval --model PATH --spec divprune:keep=0.11 --tasks mme,pope --out results
   accelerate launch -m vtc eval --model PATH --tasks videomme --device cuda --out results
 
-DIR then holds results.json (per task), rows.jsonl (per document) and the answers.
+DIR then holds results.json (per task), documents.jsonl (per document) and the answers.
 """
 FLOPS_HELP = """
 Count what one prompt costs, in closed form and without a model: encoder,
@@ -415,7 +415,7 @@ def run_eval(options: argparse.Namespace) -> int:
         return fail(f"{count} questions have no answer, so there are no scores; see {listed}", code=1)
     if results is not None:  # on the first of several processes
         print(run.table(results))
-        print(f"Written: {options.out / 'results.json'}, {options.out / 'rows.jsonl'}")
+        print(f"Written: {options.out / 'results.json'}, {options.out / 'documents.jsonl'}")
     return 0
 
 

@@ -29,6 +29,8 @@ from vtc.eval.lmms import clips
 from vtc.eval.lmms.record import MAX_FAILURES, Failed, Failure, Key, Record, Row
 from vtc.session import Session
 
+Shape = tuple[int, tuple[int, ...]]  # number of images, and frames of each clip; the same in all prompts of a batch
+
 MAX_NEW_TOKENS = 1024  # for tasks that do not say
 # What a task may ask of `generate`. Others, such as how a picture was to be padded for another model, are not for us.
 GENERATION = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
@@ -49,9 +51,23 @@ class Prompt:
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
 
+
+@dataclass(frozen=True)
+class Loaded:
+    """A prompt whose clips are read.
+
+    Attributes:
+        question, prompt: where it comes from.
+        videos: the frames of its clips.
+    """
+
+    question: Question
+    prompt: Prompt
+    videos: list[clips.Clip]
+
     @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.images), len(self.videos)
+    def shape(self) -> Shape:
+        return len(self.prompt.images), tuple(len(clip.frames) for clip in self.videos)
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,7 @@ class Answerer:
     Attributes:
         model, processor: as `vtc.zoo.load` gives them; the model is not compressed.
         compressors: none for the uncompressed model.
-        batch_size: questions answered at once, if they have equally many images and clips.
+        batch_size: questions answered at once, if they have equally many images, clips and frames.
         frames: of a clip.
         reader: of video files; see `clips.READERS`.
     """
@@ -166,15 +182,15 @@ class Answerer:
         """Rows and failures of one chunk."""
         rows: list[Row] = []
         failures: list[Failure] = []
-        loaded: dict[tuple[int, int], list[tuple[Question, Prompt]]] = {}
+        batches: dict[Shape, list[Loaded]] = {}
         for question in questions:
             try:
-                prompt = question.load()
+                loaded = self.load(question)
             except (Exception, SystemExit) as error:  # some tasks leave Python when a file is missing
                 failures.append(Failure(question.key, describe(error)))
             else:
-                loaded.setdefault(prompt.shape, []).append((question, prompt))
-        for batch in loaded.values():
+                batches.setdefault(loaded.shape, []).append(loaded)
+        for batch in batches.values():
             try:
                 rows += self._generate(batch, session)
             except Exception as together:
@@ -186,18 +202,23 @@ class Answerer:
                             raise together
                         rows += self._generate([one], session)
                     except Exception as error:
-                        failures.append(Failure(one[0].key, describe(error)))
+                        failures.append(Failure(one.question.key, describe(error)))
         return rows, failures
 
-    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+    def load(self, question: Question) -> Loaded:
+        """The question with its pictures and frames in memory."""
+        prompt = question.load()
+        return Loaded(question, prompt, [clips.read(video, self.frames, self.reader) for video in prompt.videos])
+
+    def inputs(self, batch: Sequence[Loaded]) -> dict[str, torch.Tensor]:
         """Model inputs for prompts of one shape, padded on the left."""
-        texts = [render(self.processor, prompt.messages) for prompt in prompts]
-        images, videos = prompts[0].shape
+        texts = [render(self.processor, one.prompt.messages) for one in batch]
+        images, frames = batch[0].shape
         media: dict[str, Any] = {}
         if images:  # a list per prompt: some families treat several images of one prompt otherwise than single ones
-            media["images"] = [prompt.images for prompt in prompts]
-        if videos:
-            read = [clips.read(video, self.frames, self.reader) for prompt in prompts for video in prompt.videos]
+            media["images"] = [one.prompt.images for one in batch]
+        if frames:
+            read = [clip for one in batch for clip in one.videos]
             media["videos"] = [clip.frames for clip in read]
             media["do_sample_frames"] = False
             if all(clip.fps for clip in read):
@@ -211,21 +232,22 @@ class Answerer:
     # ------------------------------------------------------------------------------------------- one batch
 
     @torch.no_grad()
-    def _generate(self, batch: Sequence[tuple[Question, Prompt]], session: Session | None) -> list[Row]:
+    def _generate(self, batch: Sequence[Loaded], session: Session | None) -> list[Row]:
+        asked = batch[0].question.generation
         start = time.perf_counter()
-        inputs = self.inputs([prompt for _, prompt in batch])
-        options = generation(batch[0][0].generation)
+        inputs = self.inputs(batch)
+        options = generation(asked)
         gate = Gate(self.model.device)
         began = now(self.model.device)
         output = self.model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([gate]))
         ended = now(self.model.device)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        costs = self._costs(inputs, batch[0][1].shape, session)
-        until = batch[0][0].generation.get("until") or []
+        costs = self._costs(inputs, batch[0].shape, session)
+        until = asked.get("until") or []
         return [
             {
-                **dict(zip(("task", "split", "doc_id", "repeat"), question.key, strict=True)),
+                **dict(zip(("task", "split", "doc_id", "repeat"), one.question.key, strict=True)),
                 "answer": cut(text, [until] if isinstance(until, str) else until),
                 "output_tokens": length,
                 **cost,
@@ -233,9 +255,9 @@ class Answerer:
                 "prepare_ms": 1000 * (began - start),
                 "ttft_ms": 1000 * ((gate.first or ended) - began),
                 "generate_ms": 1000 * (ended - began),
-                "digest": question.digest,
+                "digest": one.question.digest,
             }
-            for (question, _), text, length, cost in zip(batch, texts, self._lengths(new), costs, strict=True)
+            for one, text, length, cost in zip(batch, texts, self._lengths(new), costs, strict=True)
         ]
 
     def _lengths(self, new: torch.Tensor) -> list[int]:
@@ -245,9 +267,7 @@ class Answerer:
         over = torch.isin(new, ends).cumsum(1)  # (B, T)
         return (((over == 0).sum(1)) + (over > 0).any(1)).tolist()
 
-    def _costs(
-        self, inputs: dict[str, torch.Tensor], shape: tuple[int, int], session: Session | None
-    ) -> list[dict[str, Any]]:
+    def _costs(self, inputs: dict[str, torch.Tensor], shape: Shape, session: Session | None) -> list[dict[str, Any]]:
         """Per row of the batch: lengths without padding, and FLOPs of the language model's prefill."""
         ids = inputs["input_ids"]
         full = inputs["attention_mask"].sum(1).tolist()
@@ -255,7 +275,7 @@ class Answerer:
         visual = torch.stack([mask.sum(1) for mask in masks]).sum(0).tolist()
         depth = self.adapter.text_config.num_hidden_layers
         left = [[count] * depth for count in visual]  # visual tokens, by row and layer
-        if session is not None and shape != (0, 0):
+        if session is not None and shape != (0, ()):
             left = self._left(session, shape, left)
         rows = []
         for row, layers in enumerate(left):
@@ -283,22 +303,19 @@ class Answerer:
         except UnsupportedModelError:  # a mixture of experts has no closed form
             return {"prefill_flops": None, "prefill_flops_in": None, "kv_cache_bytes": None}
 
-    def _left(self, session: Session, shape: tuple[int, int], before: list[list[int]]) -> list[list[int]]:
+    def _left(self, session: Session, shape: Shape, before: list[list[int]]) -> list[list[int]]:
         """Visual tokens that are left, by row and decoder layer, from the report of the prefill."""
         report = session.last
         if report is None or report.prompts != len(before):
             raise RuntimeError(f"{session.spec}: the model was called, but there is no report of it")
         numbers = {kind: [n for n, one in enumerate(report.modalities) if one == kind] for kind in ("image", "video")}
-        counts = {kind: per * len(before) for kind, per in zip(numbers, shape, strict=True)}
+        each = {"image": shape[0], "video": len(shape[1])}
+        counts = {kind: per * len(before) for kind, per in each.items()}
         if {kind: len(found) for kind, found in numbers.items()} != counts:
             raise RuntimeError(f"{session.spec}: expected {counts} visual inputs, the model saw {report.modalities}")
         left = []
         for row, layers in enumerate(before):
-            mine = [
-                number
-                for kind, per in zip(numbers, shape, strict=True)
-                for number in numbers[kind][row * per : (row + 1) * per]
-            ]
+            mine = [number for kind, per in each.items() for number in numbers[kind][row * per : (row + 1) * per]]
             counts_by_layer = list(layers)
             for stage in report.stages:
                 after = sum(len(stage.kept[number]) for number in mine)

@@ -4,7 +4,7 @@
 
     run.json            what was asked of which model; a run in the same folder must ask the same
     answers-RANK.jsonl  one line per answer, written as it is given; what a later run goes on from
-    rows.jsonl          per document: answer, scores, tokens, FLOPs, times
+    documents.jsonl          per document: answer, scores, tokens, FLOPs, times
     results.json        per task: scores, means of the rest, versions
     failures.jsonl      questions without an answer; then there are no results
 
@@ -27,7 +27,7 @@ from vtc.eval.lmms import torchvision
 from vtc.eval.lmms.record import Failed, Failure, Record, Row, key_of, read_answers
 
 BUNDLED = ("scenes",)
-OUTPUTS = ("run.json", "rows.jsonl", "results.json", "failures.jsonl")
+OUTPUTS = ("run.json", "documents.jsonl", "results.json", "failures.jsonl")
 
 
 @dataclass(frozen=True)
@@ -362,7 +362,7 @@ def finish(settings: Settings, answerer: Any, outcome: Outcome) -> dict[str, Any
     if settings.others:
         results["versions"]["lmms-eval"] = version("lmms-eval")
     results["settings"] = json.loads(json.dumps(asdict(settings), default=str))
-    write_lines(settings.out / "rows.jsonl", rows)
+    write_lines(settings.out / "documents.jsonl", rows)
     with replacing(settings.out / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
