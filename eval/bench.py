@@ -27,7 +27,7 @@ import vtc
 from vtc import adapters, zoo
 from vtc.compressor import Compressor, as_compressors, available, parse
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
-from vtc.eval import accuracy, flops, latency, lines, scenes
+from vtc.eval import accuracy, flops, latency, lines, resume, scenes
 from vtc.report import Report
 
 BASELINES = ("random", "uniform", "pool")
@@ -36,6 +36,8 @@ KEEPS: tuple[int | float, ...] = (0.5, 0.25, 0.11)
 DRAWN = ("grid", "kept", "sources")  # what a drawing of the survivors needs
 SPLIT = "test"  # of the bundled questions
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+NOTHING = resume.Earlier()
 
 Row = dict[str, Any]
 Sample = dict[str, Any]  # one question under one setting
@@ -238,19 +240,27 @@ class Bench:
         return [sizes(self.model, setting, self._first(setting.blind)) for setting in plan]
 
     def rows(
-        self, plan: Sequence[Setting], shapes: Sequence[Sizes], *, progress: bool = False
+        self,
+        plan: Sequence[Setting],
+        shapes: Sequence[Sizes],
+        *,
+        progress: bool = False,
+        earlier: resume.Earlier = NOTHING,
     ) -> Iterator[tuple[Row, list[Sample]]]:
         """Measure the settings in order: a row each, and what became of every question.
 
-        `plan` begins with `none`; `shapes` is from `try_out(plan)`.
+        `plan` begins with `none`; `shapes` is from `try_out(plan)`. What `earlier` has is not measured again.
         """
         torch.manual_seed(self.options.seed)
-        reference: list[str] | None = None
+        reference = earlier.reference
+        todo = [
+            (setting, shape) for setting, shape in zip(plan, shapes, strict=True) if setting.spec not in earlier.specs
+        ]
         # Off a terminal, in a log file, a line every ten seconds is enough.
         pace = 0.1 if sys.stderr.isatty() else 10.0
-        with tqdm(total=len(plan) * len(self.items), unit="answer", disable=not progress, mininterval=pace) as bar:
+        with tqdm(total=len(todo) * len(self.items), unit="answer", disable=not progress, mininterval=pace) as bar:
             batches = self._batches(blind=False)
-            for setting, shape in zip(plan, shapes, strict=True):
+            for setting, shape in todo:
                 bar.set_description(setting.spec, refresh=False)
                 timing = self._time(setting) if self.options.latency else None
                 prepared = self._batches(blind=True) if setting.blind else batches
@@ -315,7 +325,7 @@ class Bench:
             samples.append(
                 {
                     "spec": setting.spec,
-                    "id": f"{SPLIT}/{item.index}/{item.type}",  # a scene is asked at most one question per type
+                    "id": sample_id(item),
                     "type": item.type,
                     "question": item.question,
                     "expected": item.answer,
@@ -354,6 +364,11 @@ class Bench:
             "positions": getattr(setting.compressor, "positions", None),
             **environment(self.model),
         }
+
+
+def sample_id(item: scenes.Item) -> str:
+    """The name of a question, the same in every run: a scene is asked at most one question per type."""
+    return f"{SPLIT}/{item.index}/{item.type}"
 
 
 def survivors(report: Report, number: int) -> Sample:
@@ -408,7 +423,9 @@ def check_folder(out: Path, *, overwrite: bool = False) -> Path:
     if not os.access(nearest, os.W_OK):
         raise VtcError(f"--out {out}: {nearest} cannot be written to; give another folder")
     if path.exists() and path.stat().st_size and not overwrite:
-        raise VtcError(f"{path} has results already: choose another --out, or replace them with --overwrite")
+        raise VtcError(
+            f"{path} has results already: choose another --out, go on with --resume, or replace them with --overwrite"
+        )
     return path
 
 
@@ -421,20 +438,28 @@ def read(path: Path) -> list[Row]:
     return [row for _, row in lines.read(path)]
 
 
-def run(options: Options, out: Path, *, overwrite: bool = False, progress: bool = False) -> list[Row]:
+def run(
+    options: Options, out: Path, *, overwrite: bool = False, go_on: bool = False, progress: bool = False
+) -> list[Row]:
     """The whole comparison. Rows go to `out/rows.jsonl` as they are measured, answers to `out/samples.jsonl`.
 
-    A run that is killed keeps what it has measured; a setting's answers are there before its row.
+    A run that is killed keeps what it has measured; a setting's answers are there before its row. With `go_on` a run of
+    the same kind is continued: settings that have a row are not measured again, and its rows come first.
     """
     plan = settings(options)
-    path = check_folder(out, overwrite=overwrite)
+    path = check_folder(out, overwrite=overwrite or go_on)
     bench = Bench(options, *load_model(options), list(scenes.questions(SPLIT, options.limit)))
     plan = bench.able(plan)
     shapes = bench.try_out(plan)
-    rows = []
+    earlier = NOTHING
+    if go_on and not overwrite:
+        now = {"model": options.model, "n": len(bench.items), "timed": options.latency, **environment(bench.model)}
+        earlier = resume.load(out, now, [sample_id(item) for item in bench.items])
+    rows = list(earlier.rows)
     out.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as results, (out / "samples.jsonl").open("w", encoding="utf-8") as answers:
-        for row, samples in bench.rows(plan, shapes, progress=progress):
+    mode = "a" if rows else "w"
+    with path.open(mode, encoding="utf-8") as results, (out / "samples.jsonl").open(mode, encoding="utf-8") as answers:
+        for row, samples in bench.rows(plan, shapes, progress=progress, earlier=earlier):
             lines.append(answers, samples)
             lines.append(results, [row])
             rows.append(row)
