@@ -260,7 +260,9 @@ def _add_bench(commands: Any) -> None:
         help="budgets, separated by commas, for specs that do not name their own (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--overwrite", action="store_true", help="replace results of an earlier run in DIR")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace results of an earlier run in DIR")
+    again.add_argument("--resume", action="store_true", help="go on with it: what it measured is kept")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N questions (default: all)")
     parser.add_argument(
         "--batch-size", type=int, default=50, metavar="N", help="questions answered at once (default: %(default)s)"
@@ -323,7 +325,7 @@ def run_bench(options: argparse.Namespace) -> int:
         positions=options.positions,
         latency=not options.no_latency,
     )
-    rows = bench.run(chosen, options.out, overwrite=options.overwrite, progress=True)
+    rows = bench.run(chosen, options.out, overwrite=options.overwrite, go_on=options.resume, progress=True)
     text = table.render(rows)
     (options.out / "table.md").write_text(text, encoding="utf-8")
     plot.pareto(rows, options.out / "pareto.png")
