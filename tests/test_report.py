@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, product
 from pathlib import Path
@@ -162,22 +163,97 @@ def test_survivors_are_told_where_the_answer_is_another_one(finished: Path) -> N
     assert others > 3, "five tokens must be too few, or this test says nothing"
 
 
-def test_samples_are_there_before_their_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between the two, a run has samples without a row: they do not count."""
+# ------------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> bench.Options:
+    folder = save_llava(tmp_path_factory.mktemp("models") / "llava")
+    return bench.Options(model=str(folder), specs=("uniform:keep=3",), limit=4, latency=False)
+
+
+@pytest.fixture(scope="module")
+def whole(options: bench.Options, tmp_path_factory: pytest.TempPathFactory) -> report.Run:
+    out = tmp_path_factory.mktemp("whole")
+    bench.run(options, out)
+    return report.load(out)
+
+
+def without_dates(run: report.Run) -> tuple[list[bench.Row], Any]:
+    return [{**one, "date": None} for one in run.rows], run.samples
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2, 3, 8, 13])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_stopped_run_goes_on_where_it_was(
+    writes: int, cut: bool, options: bench.Options, whole: report.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before any of its writes, or in the middle of one."""
     real, calls = lines.append, iter(range(99))
 
     def dies(file: Any, objects: Any) -> None:
-        if next(calls) == 5:
+        if next(calls) == writes:
+            if cut:
+                file.write("".join(json.dumps(one) + "\n" for one in objects)[:-20])
+                file.flush()
             raise KeyboardInterrupt
         real(file, objects)
 
-    monkeypatch.setattr(lines, "append", dies)
-    options = bench.Options(model=str(save_llava(tmp_path / "m")), specs=("uniform:keep=3",), limit=4, latency=False)
-    with pytest.raises(KeyboardInterrupt):
-        bench.run(options, tmp_path / "run")
-    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 3 * 4
-    run = report.load(tmp_path / "run")
-    assert [one["spec"] for one in run.rows] == list(run.samples) == ["none", "blind"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lines, "append", dies)
+        bench.run(options, tmp_path)
+    asked: list[str] = []
+    answer = accuracy.answer
+    monkeypatch.setattr(accuracy, "answer", lambda *args: asked.append("") or answer(*args))
+    rows = bench.run(options, tmp_path, go_on=True)
+    assert len(asked) == 7 - writes // 2, "what has a row is not measured again"
+    found = report.load(tmp_path)
+    assert found.rows == json.loads(json.dumps(rows))
+    assert without_dates(found) == without_dates(whole)
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 7 * 4, "nothing twice"
+
+
+def test_a_finished_run_takes_more_settings(options: bench.Options, tmp_path: Path) -> None:
+    first = bench.run(options, tmp_path)
+    rows = bench.run(replace(options, specs=("divprune:keep=3",)), tmp_path, go_on=True)
+    assert rows[: len(first)] == json.loads(json.dumps(first))
+    assert [one["spec"] for one in rows[len(first) :]] == ["divprune:keep=3"]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"limit": 3}, "n was 4 and is 3"),
+        ({"dtype": "bfloat16"}, "dtype was float32 and is bfloat16"),
+        ({"attention": "eager"}, "attention was sdpa and is eager"),
+        ({"latency": True}, "timed was False and is True"),
+    ],
+)
+def test_runs_of_another_kind_do_not_mix(
+    other: dict[str, Any], message: str, options: bench.Options, tmp_path: Path
+) -> None:
+    bench.run(options, tmp_path)
+    before = (tmp_path / "rows.jsonl").read_text()
+    with pytest.raises(VtcError, match=message):
+        bench.run(replace(options, **other), tmp_path, go_on=True)
+    (tmp_path / "samples.jsonl").unlink()
+    with pytest.raises(VtcError, match="does not have the answers to these 4 questions for none"):
+        bench.run(options, tmp_path, go_on=True)
+    assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+def test_bench_resumes_on_the_command_line(
+    options: bench.Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.run(options, tmp_path)
+    before = (tmp_path / "rows.jsonl").read_text()
+    arguments = ["bench", "--model", options.model, "--spec", "uniform:keep=3", "--limit", "4", "--no-latency"]
+    assert cli.main([*arguments, "--out", str(tmp_path), "--resume"]) == 0
+    assert (tmp_path / "rows.jsonl").read_text() == before
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--out", str(tmp_path), "--resume", "--overwrite"])
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -233,6 +309,12 @@ def test_cut_off_samples_are_named(tmp_path: Path) -> None:
         file.write('{"spec": "none", "id"')
     with pytest.raises(VtcError, match=r"samples\.jsonl: line 2, the last one, is cut off"):
         report.load(tmp_path)
+
+
+def test_samples_without_a_row_do_not_count(tmp_path: Path) -> None:
+    """The run was stopped between a setting's answers and its row."""
+    save(tmp_path, ROWS[:1], [sample("none", "a", True), sample("blind", "a", True)])
+    assert list(report.load(tmp_path).samples) == ["none"]
 
 
 def test_files_may_have_other_names(tmp_path: Path) -> None:
