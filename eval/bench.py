@@ -457,7 +457,7 @@ def run(
         earlier = resume.load(out, now, [sample_id(item) for item in bench.items])
     rows = list(earlier.rows)
     out.mkdir(parents=True, exist_ok=True)
-    mode = "a" if rows else "w"
+    mode: Literal["a", "w"] = "a" if rows else "w"
     with path.open(mode, encoding="utf-8") as results, (out / "samples.jsonl").open(mode, encoding="utf-8") as answers:
         for row, samples in bench.rows(plan, shapes, progress=progress, earlier=earlier):
             lines.append(answers, samples)

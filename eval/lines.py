@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from vtc.errors import VtcError
 
 
-def append(file: TextIO, objects: Iterable[dict[str, Any]]) -> None:
+def append(file: IO[str], objects: Iterable[dict[str, Any]]) -> None:
     """Write objects and flush: what was written survives the end of the process."""
     file.writelines(json.dumps(one) + "\n" for one in objects)
     file.flush()
