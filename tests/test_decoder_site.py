@@ -32,6 +32,7 @@ from families import (
     qwen2,
 )
 from oracle import CLOSE, deep_features, error, heard, true_positions
+from vtc import decoder
 from vtc.compressor import DecoderCompressor, LayerCompressor
 from vtc.selection import Selection
 from vtc.visual import Layout, Visual
@@ -844,25 +845,49 @@ def test_exchanged_attention_is_that_of_the_whole_map(family: Family, attention:
                 assert told[0, 1] == 0  # nothing of the text behind it is seen by the only image
 
 
+@pytest.mark.parametrize("block", [1, 7, 256])
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize("name", ["llava", "llava-siglip"])
 @torch.no_grad()
-def test_exchanged_attention_of_a_second_turn() -> None:
-    """Text of the second turn and its image; the first turn takes its share of the attention and counts as neither."""
-    family, told = FAMILIES["llava"], Exchange(layer=2)
-    model = family.model()
+def test_attention_behind_a_cut_and_in_a_second_turn(
+    name: str, positions: Any, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is left counts, at its true place. The first turn takes its share, and is neither text nor visual.
+
+    The map is made in blocks of rows, whose size must not matter.
+    """
+    monkeypatch.setattr(decoder, "BLOCK", block)
+    family, even = FAMILIES[name], Even(at=(1,), positions=positions)
+    model, layer = family.model(), 2
     prompts = family.batch([("text", "image", "text", "image", "text", "image", "text")])
-    start = prompts.rows[0].shown[1].places[0] - 2
-    pieces = parts_of(prompts, [start])
-    with vtc.compress(model, told):
-        cache = model(**pieces[0]).past_key_values
-        told.told.clear()
-        model(**pieces[1], past_key_values=cache)
-    given = layer_inputs(model, prompts.inputs(), 1)
-    layer = model.model.language_model.layers[1]
-    share = attention_map(layer, given["hidden"][0], [part[0] for part in given["position_embeddings"]])
-    places = [place - start for shown in prompts.rows[0].shown[1:] for place in shown.places]
-    expected = masses(share[start:, start:], places)
-    assert len(told.told) == 2 and all(near(one[0], expected) for one in told.told)
-    assert expected[1] > 0  # the second image sees the text between the two
+    row = prompts.rows[0]
+    start = row.shown[1].places[0] - 2
+    embeds = heard(model, prompts.inputs())["inputs_embeds"][0]
+    hand = Hand(model, even)
+    hand.feed(embeds[:start], [row.shown[0].places])
+    states, places = [hand.states[layer - 1]], list(hand.alive[layer])
+    hand.feed(embeds[start:], [[place - start for place in shown.places] for shown in row.shown[1:]])
+    past = len(places)
+    states, places = [*states, hand.states[layer - 1]], [*places, *(start + place for place in hand.alive[layer])]
+    true = torch.arange(len(places)) if positions == "contiguous" else torch.tensor(places)
+    hidden = torch.cat(states)
+    rotation = model.model.language_model.rotary_emb(hidden[None], position_ids=true[None])
+    share = attention_map(model.model.language_model.layers[layer], hidden, [part[0] for part in rotation])
+    left = [[places.index(place) for place in shown.places[::2]] for shown in row.shown[1:]]
+    for wanted, at in (("exchange", layer + 1), ("attention", layer + 1), ("ahead", layer)):
+        told = Exchange(layer=at, wanted=wanted)
+        with vtc.compress(model, [even, told]):
+            first, second = parts_of(prompts, [start])
+            cache = model(**first).past_key_values
+            told.told.clear()
+            model(**second, past_key_values=cache)
+        flat = [place - past for spot in left for place in spot]
+        both = masses(share[past:, past:], flat)
+        assert both[1] > 0  # the second image sees the text between the two
+        for number, one in enumerate(told.told):
+            expected = both if wanted == "exchange" else share[-1, left[number]]
+            assert (one[0] - expected).abs().max() < 1e-6
+        assert len(told.told) == 2
 
 
 @pytest.mark.parametrize("position", [0, 1])
