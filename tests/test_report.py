@@ -1,7 +1,7 @@
 """`vtc report`: tables that hold what was measured, a page that works offline, and comparisons that tell noise.
 
-The page is also opened in a real browser where there is one: Debian's packages are chromium and chromium-driver. Without
-them those tests are skipped, and what is left is that the page parses and asks for nothing.
+The page is also opened in a real browser where there is one: Debian's packages are chromium and chromium-driver.
+Without them those tests are skipped, and what is left is that the page parses and asks for nothing.
 """
 
 from __future__ import annotations
