@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 import vtc
 from vtc import adapters, picture
+from vtc.compressor import Compressor, Scorer
 from vtc.errors import VtcError
 from vtc.eval import accuracy
 from vtc.eval.bench import Options, budgets, load_model
 from vtc.eval.lmms.clips import Clip
 from vtc.eval.pictures import open_visual
 from vtc.report import Report
+from vtc.selection import Selection
+from vtc.visual import Visual
 
 FRAMES = 8  # of a video
 ACROSS = 6  # panels in a row, at most
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the pictures: what survived a stage, or all of them; perhaps as a heat map, perhaps with an answer."""
+
+    report: Report
+    stage: int | None = None
+    scores: Sequence[float] | None = None
+    answer: str | None = None
+
+    @property
+    def caption(self) -> str:
+        heat = "lighter: higher score" if self.scores else None
+        return "\n".join(filter(None, (self.report.caption(0, self.stage), heat, self.answer)))
 
 
 def show(
@@ -30,13 +50,15 @@ def show(
     out: Path,
     *,
     frames: int = FRAMES,
+    scores: bool = False,
     max_new_tokens: int = 32,
 ) -> dict[str, str]:
     """Save a picture of what each spec keeps of an image or a clip; the answers to `question`, by spec.
 
     `paths` and `frames` are those of `open_visual`. A spec that acts at several places has a panel for each. If `out`
-    ends in .gif a clip moves; otherwise its frames are on a contact sheet. `options.keeps` are the budgets of specs
-    that do not name their own; empty for each strategy's default.
+    ends in .gif a clip moves; otherwise its frames are on a contact sheet. With `scores` panels are heat maps of the
+    scores or the attention that a strategy reads, if any. `options.keeps` are the budgets of specs that do not
+    name their own; empty for each strategy's default.
     """
     plan = {"+".join(map(str, one)): one for spec in specs for one in budgets(spec, options.keeps)}
     visual = open_visual([paths] if isinstance(paths, Path) else paths, frames)
@@ -55,18 +77,19 @@ def show(
         output: Any = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-    answers, reports = {"all tokens": answer()}, {}
+    answers, panels = {"all tokens": answer()}, []
     for spec, compressors in plan.items():
-        with vtc.compress(model, compressors) as session:
+        seen: dict[str, list[Tensor | None]] = {}
+        with vtc.compress(model, [watched(one, seen) for one in compressors] if scores else compressors) as session:
             answers[spec] = answer()
         if session.last is None:
             raise RuntimeError(f"{spec}: the model was called, but no visual input was seen")
-        reports[spec] = session.last
+        panels += panels_of(session.last, seen, answers[spec])
     out.parent.mkdir(parents=True, exist_ok=True)
     # The processor knows better than the model whether a picture is cropped or squashed.
     part = processor.video_processor if isinstance(visual, Clip) else processor.image_processor
     fit: picture.Fit = "crop" if getattr(part, "do_center_crop", False) else "resize"
-    save(visual, question, answers, reports, fit, out)
+    save(visual, f"{question}\nall tokens: {answers['all tokens']}", panels, fit, out)
     return answers
 
 
@@ -83,33 +106,58 @@ def ask(processor: Any, question: str, visual: Image.Image | Clip) -> dict[str, 
     return dict(processor(text=[text], videos=[visual.frames], do_sample_frames=False, **times, return_tensors="pt"))
 
 
-def save(
-    visual: Image.Image | Clip,
-    question: str,
-    answers: dict[str, str],
-    reports: dict[str, Report],
-    fit: picture.Fit,
-    out: Path,
-) -> None:
-    """Draw `visual` as it is, then what each report says is left after each of its stages, side by side."""
-    captions = [f"{question}\nall tokens: {answers['all tokens']}"]
-    panels: list[tuple[Report, int | None]] = []
-    for spec, report in reports.items():
-        stages = [*range(len(report.stages) - 1), None]
-        panels += [(report, stage) for stage in stages]
-        captions += [report.caption(0, stage) for stage in stages]
-        captions[-1] += f"\n{answers[spec]}"
+def watched(compressor: Compressor, seen: dict[str, list[Tensor | None]]) -> Compressor:
+    """A compressor that does the same, and notes by its spec the scores or the attention `(N,)` that it reads.
+
+    Once per choice of the first visual input; `None` if it reads neither.
+    """
+
+    class Watched(type(compressor)):  # type: ignore[misc]
+        def select(self, visual: Visual) -> Selection:
+            selection = super().select(visual)
+            found = None
+            if isinstance(self, Scorer):
+                found = self.score(visual)
+            elif self.needs & {"cls", "received", "logits"}:
+                found = visual.saliency.mean(1)
+            elif self.needs & {"attention", "ahead"}:
+                found = visual.attention
+            seen.setdefault(str(self), []).append(None if found is None else found[0])
+            return selection
+
+    return Watched(**{item.name: getattr(compressor, item.name) for item in fields(compressor)})
+
+
+def panels_of(report: Report, seen: dict[str, list[Tensor | None]], answer: str) -> list[Panel]:
+    """A panel for each stage; the last one has the answer."""
+    tokens = report.layouts[0].tokens
+    found: list[Panel] = []
+    before: Sequence[int] = range(tokens)
+    for number, stage in enumerate(report.stages):
+        after: Sequence[int] = stage.kept[0]
+        scores: list[float] | None = None
+        noted = seen.get(stage.spec)
+        values = noted.pop(0) if noted and len(after) < len(before) else None
+        if values is not None:
+            scores = [math.nan] * tokens
+            for place, value in zip(before, values.tolist(), strict=True):
+                scores[place] = value
+        found.append(Panel(report, number, scores))
+        before = after
+    return [*found[:-1], Panel(report, None, found[-1].scores if found else None, answer)]
+
+
+def save(visual: Image.Image | Clip, question: str, panels: Sequence[Panel], fit: picture.Fit, out: Path) -> None:
+    """Draw `visual` as it is above `question`, and beside it what survived."""
+    captions = [question, *(panel.caption for panel in panels)]
     columns = math.ceil(len(captions) / math.ceil(len(captions) / ACROSS))
-    layout = panels[0][0].layouts[0]
-    if not isinstance(visual, Clip):
-        before = picture.enlarge(visual)
-        after = [report.show(visual, fit=fit, stage=stage, caption="") for report, stage in panels]
-    elif out.suffix.lower() != ".gif":
-        before = picture.draw(visual.frames, layout, None)
-        after = [report.show(visual.frames, fit=fit, stage=stage, caption="") for report, stage in panels]
-    else:
-        views = [report.views(visual.frames, fit=fit, stage=stage) for report, stage in panels]
-        moments = zip(picture.views(visual.frames, layout, None), *views, strict=True)
+    layout = panels[0].report.layouts[0]
+    images: Any = visual.frames if isinstance(visual, Clip) else visual
+    if isinstance(visual, Clip) and out.suffix.lower() == ".gif":
+        views = [panel.report.views(images, 0, fit, panel.stage, panel.scores) for panel in panels]
+        moments = zip(picture.views(images, layout, None), *views, strict=True)
         picture.save_gif([picture.side_by_side(moment, captions, columns) for moment in moments], out)
         return
+    before = picture.draw(images, layout, None) if isinstance(visual, Clip) else picture.enlarge(visual)
+    after = [panel.report.show(images, 0, fit, panel.stage, panel.scores, caption="") for panel in panels]
     picture.side_by_side([before, *after], captions, columns).save(out)

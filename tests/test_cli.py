@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -283,7 +284,7 @@ def test_show_draws_what_the_processor_does(
     from vtc import picture
 
     fits = []
-    monkeypatch.setattr(picture, "draw", lambda image, grid, kept, sources, fit: fits.append(fit) or image)
+    monkeypatch.setattr(picture, "draw", lambda image, layout, kept, sources, fit, scores: fits.append(fit) or image)
     command = ("show", root / "wide.jpg", "--question", "What is red?", "--spec", "uniform", "--keep", "5")
     assert cli.main([str(part) for part in (*command, "--model", root / tower, "--out", tmp_path / "kept.png")]) == 0
     assert fits == [fit]
@@ -308,6 +309,31 @@ def test_show_has_a_panel_for_each_stage(root: Path, tmp_path: Path, monkeypatch
     assert second[0] == both and second[2] == answers[both]
     assert second[1].startswith(f"4 of {TOKENS} tokens from decoder layer 1 on, 0.") and "x prefill FLOPs" in second[1]
     assert pool[0] == single and pool[1].startswith(f"4 of {TOKENS} tokens, 0.") and pool[2] == answers[single]
+
+
+def test_show_gives_scores_of_what_arrived(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Sequence[show.Panel]] = []
+    monkeypatch.setattr(show, "save", lambda visual, question, panels, fit, out: drawn.append(panels))
+    specs = ["fastervlm:keep=8+fastv:keep=3,layer=1", "divprune:keep=4"]
+    options = bench.Options(model=str(root / "clip"), keeps=())
+    answers = [
+        show.show(root / "scene.png", "What is red?", specs, options, tmp_path / "kept.png", scores=scores)
+        for scores in (False, True)
+    ]
+    assert answers[0] == answers[1]
+    plain, scored = drawn
+    assert [panel.scores for panel in plain] == [None] * 3
+    first, second, divprune = scored
+    assert divprune.scores is None and "score" not in divprune.caption
+    report = first.report
+    arrived: Sequence[int] = range(TOKENS)
+    for panel, stage in zip((first, second), report.stages, strict=True):
+        scores = np.array(panel.scores)
+        assert np.flatnonzero(~np.isnan(scores)).tolist() == list(arrived)
+        arrived = stage.kept[0]
+        best = np.argsort(-scores, kind="stable")[: len(arrived)]  # NaN comes last
+        assert sorted(best.tolist()) == list(arrived)
+        assert "lighter: higher score" in panel.caption
 
 
 def test_panels_of_many_strategies_are_in_rows(root: Path, tmp_path: Path) -> None:

@@ -211,6 +211,30 @@ def test_none_kept_is_the_picture_as_it_is() -> None:
     assert views(plain(64, 64), Layout.frames(1, 4, 4), None)[0].tobytes() == enlarge(plain(64, 64)).tobytes()
 
 
+def test_heat_map_gets_lighter_with_the_rank() -> None:
+    """In print without colours too; by rank, so that one huge score does not make all others alike."""
+    scores = [1e9 if token == 11 else -3.0 + 0.01 * (7 * token % 16) for token in range(16)]
+    (drawn,) = views(plain(512, 512), Layout.frames(1, 4, 4), (11,), scores=scores)
+    grey = [drawn.convert("L").getpixel((128 * column + 64, 128 * row + 64)) for row in range(4) for column in range(4)]
+    order = np.argsort(scores)
+    assert (np.diff(np.array(grey)[order]) > 3).all()
+    assert tuple(np.asarray(drawn)[256, 448]) == OUTLINE
+
+
+def test_heat_map_leaves_out_what_has_no_score() -> None:
+    scores = [float("nan") if token % 2 else float(token) for token in range(16)]
+    heat, bare = one_with(scores), one_with(None)
+    for token in range(16):
+        same = middle(heat, *divmod(token, 4), 4, 4) == middle(bare, *divmod(token, 4), 4, 4)
+        assert same == bool(token % 2)
+    with pytest.raises(VtcError, match="3 scores, but this visual input has 16 tokens"):
+        one_with([1.0, 2.0, 3.0])
+
+
+def one_with(scores: Sequence[float] | None) -> Image.Image:
+    return views(plain(64, 64), Layout.frames(1, 4, 4), (0, 1), scores=scores)[0]
+
+
 # ----------------------------------------------------------------------------------- images in several resolutions
 
 

@@ -508,6 +508,11 @@ def _add_show(commands: Any) -> None:
         help="frames of a video that the model sees (default: %(default)s)",
     )
     parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="heat maps of the scores or the attention that strategies read, if any",
+    )
+    parser.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: %(default)s)"
     )
     _add_model(parser)
@@ -534,6 +539,7 @@ def run_show(options: argparse.Namespace) -> int:
         chosen,
         options.out,
         frames=options.frames,
+        scores=options.scores,
         max_new_tokens=options.max_new_tokens,
     )
     width = max(len(name) for name in answers)

@@ -26,6 +26,7 @@ PALETTE = (
 )
 OUTLINE = (255, 255, 255)
 EDGE = (0, 0, 0)
+HEAT = ((0, 34, 78), (66, 78, 108), (124, 123, 120), (187, 172, 105), (254, 232, 56))  # from low to high: cividis
 UNSEEN = 128  # grey of what the encoder never sees
 MERGED = 0.55  # how much is left of the colours of a token that went into another one
 SMALLEST, LARGEST = 512, 1280  # of a picture's longer side, in pixels
@@ -42,6 +43,7 @@ def views(
     kept: Sequence[int] | None,
     sources: Sequence[int] | None = None,
     fit: Fit = "crop",
+    scores: Sequence[float] | None = None,
     largest: int = LARGEST,
 ) -> list[Image.Image]:
     """Draw which tokens of a visual input survived: one picture per view, so per frame, or thumbnail and crops.
@@ -57,6 +59,8 @@ def views(
         fit: how the processor brings a picture to the encoder's shape: `"crop"` takes its middle, and what lies outside
             is greyed as never seen; `"resize"` squashes it; `"pad"` adds borders until it has the shape. An image with
             crops does not ask: its thumbnail is squashed, and its crops are put on their canvas without distortion.
+        scores: one per token, NaN where there is none. The picture is then a heat map: the higher a score ranks, the
+            lighter its token, from blue to yellow. Survivors are outlined as ever.
         largest: of a picture's longer side, in pixels; smaller pictures grow by a whole number.
     """
     pictures = [enlarge(picture.convert("RGB"), largest) for picture in _pictures(images, layout)]
@@ -66,6 +70,7 @@ def views(
     colours = _colours(group, layout)
     share = np.where(group >= 0, MERGED, 0.0)
     share[list(kept)] = 1.0
+    rank = None if scores is None else _ranks(layout, scores)
     found = []
     canvas = _canvas(layout)
     for picture, view in zip(pictures, layout.views, strict=True):
@@ -74,24 +79,29 @@ def views(
         x = [round(left + (right - left) * column / view.columns) for column in range(view.columns + 1)]
         y = [round(top + (bottom - top) * row / view.rows) for row in range(view.rows + 1)]
         places = np.array(view.places()).reshape(view.rows, view.columns)
-        drawn = _dim(picture, share[places], x, y)
-        _outline(drawn, group[places], colours, x, y)
+        drawn = _paint(picture, share[places], None if rank is None else rank[places], x, y)
+        _outline(drawn, group[places], colours, x, y, edged=rank is not None)
         found.append(drawn)
     return found
 
 
 def draw(
-    images: Any, layout: Layout, kept: Sequence[int] | None, sources: Sequence[int] | None = None, fit: Fit = "crop"
+    images: Any,
+    layout: Layout,
+    kept: Sequence[int] | None,
+    sources: Sequence[int] | None = None,
+    fit: Fit = "crop",
+    scores: Sequence[float] | None = None,
 ) -> Image.Image:
     """The views of a visual input on one sheet; the arguments are those of `views`."""
     count = len(layout.views)
     if count == 1:
-        return views(images, layout, kept, sources, fit)[0]
+        return views(images, layout, kept, sources, fit, scores)[0]
     width, height = _pictures(images, layout)[0].size
     columns = _columns(count, width / height)
     finest = max(max(view.rows, view.columns) for view in layout.views)
     largest = max(2 * LARGEST // max(2, columns), CELL * finest)
-    panels = views(images, layout, kept, sources, fit, largest)
+    panels = views(images, layout, kept, sources, fit, scores, largest)
     return side_by_side(panels, labels(layout), columns, border=0)
 
 
@@ -232,18 +242,43 @@ def _columns(count: int, aspect: float) -> int:
 # --------------------------------------------------------------------------------------------------- drawing
 
 
-def _dim(picture: Image.Image, share: np.ndarray, x: Sequence[int], y: Sequence[int]) -> Image.Image:
-    """Darken what was dropped and grey what lies outside; `share` (rows, columns) is how much of each token is left."""
+def _paint(
+    picture: Image.Image, share: np.ndarray, rank: np.ndarray | None, x: Sequence[int], y: Sequence[int]
+) -> Image.Image:
+    """Darken what was dropped, grey what lies outside, and colour what has a rank.
+
+    Args:
+        picture: of any size.
+        share: `(rows, columns)`, how much is left of each token.
+        rank: `(rows, columns)` from 0 to 1, NaN for none.
+        x, y: the borders of tokens in pixels.
+    """
     pixels = np.asarray(picture, np.float32)  # (h, w, 3)
     grey = pixels.mean(-1, keepdims=True)
-    rows = np.searchsorted(y, np.arange(picture.height), side="right") - 1
-    columns = np.searchsorted(x, np.arange(picture.width), side="right") - 1
-    seen = ((rows >= 0) & (rows < len(y) - 1))[:, None] & ((columns >= 0) & (columns < len(x) - 1))[None]  # (h, w)
-    left = share[rows.clip(0, len(y) - 2)[:, None], columns.clip(0, len(x) - 2)[None]][..., None]  # (h, w, 1)
-    dropped = 0.3 * (0.25 * pixels + 0.75 * grey)
-    unseen = 0.5 * UNSEEN + 0.25 * grey
-    shown = np.where(seen[..., None], left * pixels + (1 - left) * dropped, unseen)
+    row = np.searchsorted(y, np.arange(picture.height), side="right") - 1
+    column = np.searchsorted(x, np.arange(picture.width), side="right") - 1
+    seen = ((row >= 0) & (row < len(y) - 1))[:, None] & ((column >= 0) & (column < len(x) - 1))  # (h, w)
+    token = row.clip(0, len(y) - 2)[:, None], column.clip(0, len(x) - 2)  # of every pixel
+    left = share[token][..., None]  # (h, w, 1)
+    shown = left * pixels + (1 - left) * 0.3 * (0.25 * pixels + 0.75 * grey)
+    if rank is not None:
+        height = rank[token]
+        steps = np.linspace(0, 1, len(HEAT))
+        heat = np.stack([np.interp(height, steps, channel) for channel in zip(*HEAT, strict=True)], -1)
+        shown = np.where(np.isnan(height)[..., None], shown, heat * (0.6 + 0.4 * grey / 255))
+    shown = np.where(seen[..., None], shown, 0.5 * UNSEEN + 0.25 * grey)
     return Image.fromarray(shown.clip(0, 255).astype(np.uint8))
+
+
+def _ranks(layout: Layout, scores: Sequence[float]) -> np.ndarray:
+    """`(tokens,)`: 0 for the lowest score in any view, 1 for the highest, NaN for none."""
+    values = np.asarray(scores, float)
+    if values.shape != (layout.tokens,):
+        raise VtcError(f"there are {values.size} scores, but this visual input has {layout.tokens} tokens")
+    places = [place for view in layout.views for place in view.places() if not np.isnan(values[place])]
+    rank = np.full(layout.tokens, np.nan)
+    rank[places] = values[places].argsort(kind="stable").argsort() / max(1, len(places) - 1)
+    return rank
 
 
 def _groups(tokens: int, kept: Sequence[int], sources: Sequence[int] | None) -> np.ndarray:
@@ -285,8 +320,12 @@ def _outline(
     colours: dict[int, tuple[int, int, int]],
     x: Sequence[int],
     y: Sequence[int],
+    edged: bool = False,
 ) -> None:
-    """A line wherever a group ends: white around single survivors, a colour with a dark edge around merged groups."""
+    """A line wherever a group ends: white around single survivors, a colour around merged groups.
+
+    The colours have a dark edge, and if `edged` white has one too.
+    """
     pen = ImageDraw.Draw(picture)
     rows, columns = group.shape
     side = min((x[-1] - x[0]) // columns, (y[-1] - y[0]) // rows)
@@ -302,8 +341,10 @@ def _outline(
             continue
         alone = mine not in colours
         lines = [(1, OUTLINE)] if alone else [(thick, colours[mine])]
-        if not alone and side > 12:  # in print without colours, many a colour is the grey of what it surrounds
-            lines.insert(0, (thick + 1, EDGE))
+        if (
+            edged or not alone
+        ) and side > 12:  # in print without colours, many a colour is the grey of what it surrounds
+            lines.insert(0, (lines[0][0] + 1, EDGE))
         for width, colour in lines:
             edges = {
                 (0, 1): (left, top, right, min(top + width - 1, bottom)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,6 +107,7 @@ class Report:
         number: int = 0,
         fit: Fit | None = None,
         stage: int | None = None,
+        scores: Sequence[float] | None = None,
         caption: str | None = None,
     ) -> Image:
         """A picture of what survived: dropped patches dimmed, merged groups outlined, budget and FLOPs below.
@@ -117,11 +119,12 @@ class Report:
             fit: how the processor brought a picture to the encoder's shape: `"crop"` (its middle), `"resize"`
                 (squashed) or `"pad"`. Only the processor knows; the default is what those of this family usually do.
             stage: what was left after this one of `stages`; the default is the last.
+            scores: one per uncompressed token, drawn as a heat map; see `vtc.picture.views`.
             caption: the text below instead of `self.caption(number, stage)`; an empty one for none.
         """
         from vtc.picture import draw, side_by_side
 
-        drawn = draw(image, *self._after(number, stage), fit or self.fit)
+        drawn = draw(image, *self._after(number, stage), fit or self.fit, scores)
         text = self.caption(number, stage) if caption is None else caption
         return side_by_side([drawn], [text]) if text else drawn
 
@@ -140,11 +143,18 @@ class Report:
         text = self.caption(number, stage)
         save_gif([side_by_side([view], [text]) for view in self.views(frames, number, fit, stage)], path, seconds)
 
-    def views(self, image: Any, number: int = 0, fit: Fit | None = None, stage: int | None = None) -> list[Image]:
+    def views(
+        self,
+        image: Any,
+        number: int = 0,
+        fit: Fit | None = None,
+        stage: int | None = None,
+        scores: Sequence[float] | None = None,
+    ) -> list[Image]:
         """The single pictures that `show` puts on one sheet: frames, or thumbnail and crops."""
         from vtc.picture import views
 
-        return views(image, *self._after(number, stage), fit or self.fit)
+        return views(image, *self._after(number, stage), fit or self.fit, scores)
 
     def caption(self, number: int = 0, stage: int | None = None) -> str:
         """What a picture of visual input `number` shows: spec, tokens kept, FLOPs of the call."""
