@@ -81,7 +81,7 @@ class Hand:
 
     model: Any
     even: Even
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: Any = field(default_factory=DynamicCache)
     said: int = 0  # tokens of all earlier calls
     moved: list[int] = field(default_factory=lambda: [0] * LAYERS)  # how far later positions move up, by layer
     alive: list[list[int]] = field(default_factory=list)  # places in the last call that each layer saw
@@ -398,7 +398,8 @@ def test_pieces_of_a_prompt_on_one_cache_are_the_prompt_at_once(name: str, varia
             [first.places[0], second.places[0]],
             [first.places[0], end, end + 2, second.places[0], second.places[-1] + 1, size - 1],
         ):
-            cache, logits, seen = None, [], []
+            cache: Any = None
+            logits, seen = [], []
             for piece in parts_of(prompts, borders):
                 out = model(**piece, past_key_values=cache)
                 cache = out.past_key_values
@@ -495,7 +496,8 @@ def test_without_a_cache_nothing_else_changes() -> None:
     family = FAMILIES["llava"]
     model, prompts = family.model(), family.batch([TWO_IMAGES, TEXT, ONE_IMAGE])
     inputs = prompts.inputs()
-    for spec in [*INNER, "fastv:keep=3,layer=1,truncate=True", Even(at=(1, 3)), Even(at=(2,), truncate=True)]:
+    specs: list[Any] = [*INNER, "fastv:keep=3,layer=1,truncate=True", Even(at=(1, 3)), Even(at=(2,), truncate=True)]
+    for spec in specs:
         with vtc.compress(model, spec):
             out, expected = model(**inputs, use_cache=False), model(**inputs)
             assert out.past_key_values is None and near(out.logits, expected.logits)
@@ -621,7 +623,7 @@ def test_hidden_states_are_those_of_the_layers_by_hand(family: Family) -> None:
             assert torch.equal(mine, mine[before])
 
 
-OPTIONED = {
+OPTIONED: dict[str, Any] = {
     "one": Even(at=(1, 3)),
     "two": ["uniform:keep=9", Even(at=(1, 3))],
     "truncated": "pyramiddrop:truncate=true",
@@ -663,7 +665,8 @@ def test_nothing_is_left_behind(family: Family) -> None:
     model, inputs = family.make(), family.batch(family.shapes["ragged"]).inputs()
     expected = model(**inputs).logits
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    for spec in ("fastv:keep=3", ["uniform:keep=6", Even(at=(2, 3))]):
+    specs: tuple[Any, ...] = ("fastv:keep=3", ["uniform:keep=6", Even(at=(2, 3))])
+    for spec in specs:
         with vtc.compress(model, spec):
             model(**inputs)
         vtc.compress(model, spec)

@@ -272,14 +272,12 @@ def test_every_name_exists() -> None:
             module: Any = importlib.import_module(found.name)
         except ImportError:  # what it needs is optional
             continue
-        loader: Any = found.module_finder.find_spec(found.name, None).loader  # type: ignore[call-arg,union-attr]
-        for code in codes(loader.get_code(found.name)):
-            for step in dis.get_instructions(code):
-                if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                    looked += 1
-                    local = step.opname == "LOAD_NAME" and step.argval in code.co_names and code.co_name != "<module>"
-                    if not local and not hasattr(module, step.argval) and not hasattr(builtins, step.argval):
-                        missing.append(f"{found.name}: {step.argval}")
+        for code in codes(module.__spec__.loader.get_code(found.name)):
+            names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+            looked += len(names)
+            missing += [
+                f"{found.name}: {name}" for name in names if not (hasattr(module, name) or hasattr(builtins, name))
+            ]
     assert looked > 1000 and not missing
 
 
