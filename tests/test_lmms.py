@@ -263,13 +263,12 @@ def test_readers_give_the_frames_that_were_asked_for(reader: str, video: Path) -
     assert np.allclose(clip.frames.mean((1, 2, 3)), [12 * n for n in clip.indices], atol=4)
 
 
-@pytest.fixture(scope="module", params=["onevision", "qwen"])
+@pytest.fixture(scope="module", params=["onevision", "qwen", "internvl"])
 def film_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torchvision", reason="torchvision, which processors of clips need, is not installed")
     import video_checkpoints
 
-    folder = tmp_path_factory.mktemp("films") / request.param
-    return {"onevision": video_checkpoints.save_onevision, "qwen": video_checkpoints.save_qwen}[request.param](folder)
+    return getattr(video_checkpoints, f"save_{request.param}")(tmp_path_factory.mktemp("films") / request.param)
 
 
 @pytest.mark.parametrize("spec", ["none", "uniform:keep=4", "uniform:keep=6+fastv:keep=3,layer=1"])
@@ -293,7 +292,10 @@ def test_batches_with_clips_answer_like_single_questions(spec: str, film_model: 
     for one, other in zip(alone, together, strict=True):
         assert {name for name in one if one[name] != other[name]} <= {"batch", "prepare_ms", "ttft_ms", "generate_ms"}
     if spec != "none":
-        left = [(len(pictures) + len(lengths)) * (3 if "+" in spec else 4) for pictures, lengths in shown]
+        keep = 3 if "+" in spec else 4
+        # Frames are images to an InternVL.
+        more = [sum(lengths) if film_model.name == "internvl" else len(lengths) for _, lengths in shown]
+        left = [keep * (len(pictures) + count) for (pictures, _), count in zip(shown, more, strict=True)]
         assert [one["visual_tokens_out"] for one in together] == left
 
 
@@ -476,6 +478,50 @@ def test_scores_of_filters_and_of_dictionaries() -> None:
     }
 
 
+# ------------------------------------------------------------------------------------------------------ torchvision
+
+TORCHVISION = """
+import torch
+
+@torch.library.register_fake("torchvision::nms")
+def nms(dets, scores, iou_threshold): ...
+"""
+MEND = """
+import sys
+sys.path.insert(0, sys.argv[1])
+try:
+    import torchvision
+except RuntimeError as error:
+    print(error)
+from vtc.eval.lmms.torchvision import mend
+print(mend(), mend())
+import torch, torchvision
+print(torchvision.nms.__name__, torch.ops.torchvision.nms)
+"""
+
+
+def test_a_torchvision_for_another_torch_is_mended(tmp_path: Path) -> None:
+    """Such a one declares what it knows about operators that its compiled part, which does not load, would define."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(TORCHVISION)
+    done = subprocess.run([sys.executable, "-c", MEND, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "operator torchvision::nms does not exist",
+        "True False",
+        "nms torchvision.nms",
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "raise RuntimeError('something else')"])
+def test_any_other_torchvision_is_left_alone(content: str, tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(content)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from vtc.eval.lmms.torchvision import mend; print(mend())"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert (done.stdout == "False\n") if not content else ("something else" in done.stderr)
+
+
 # ---------------------------------------------------------------------------------------------------- the exported task
 
 
@@ -546,9 +592,8 @@ def test_lmms_eval_finds_the_plug_in(task: Path, tmp_path: Path, outside: Any) -
     )
     arguments = ["--model", "vtc_hf", "--tasks", "vtc_scenes", "--include_path", task, "--batch_size", "2"]
     arguments += ["--device", "cpu", "--limit", "4", "--output_path", tmp_path, "--log_samples", "--model_args"]
-    done = outside(
-        "-c", f"{mended}; run()", *arguments, 'pretrained=tiny-llava,spec="uniform:keep=9,positions=original"'
-    )
+    given = f'pretrained=tiny-llava,spec="uniform:keep=9,positions=original",out={tmp_path / "answers"}'
+    done = outside("-c", f"{mended}; run()", *arguments, given)
     (path,) = tmp_path.rglob("*_samples_vtc_scenes.jsonl")
     samples = lines_of(path)
     assert len(samples) == 4, done.stderr
@@ -556,6 +601,10 @@ def test_lmms_eval_finds_the_plug_in(task: Path, tmp_path: Path, outside: Any) -
     tokenizer = zoo.load("tiny-llava")[1].tokenizer
     lengths = [len(tokenizer(text.replace("<image>", ""))["input_ids"]) + 9 for text in with_words]
     assert [sample["token_counts"][0]["input_tokens"] for sample in samples] == lengths
+    kept = record.read_answers(tmp_path / "answers").values()
+    assert sorted(one["input_tokens"] for one in kept) == sorted(lengths)
+    again = outside("-c", f"{mended}; run()", *arguments, given.replace("keep=9", "keep=8"))
+    assert "spec was uniform:keep=9" in again.stdout + again.stderr, "answers of another spec are not taken"
 
 
 @needs_lmms
@@ -672,6 +721,7 @@ def test_videos_through_lmms_eval(
     prompt = Prompt([{"role": "user", "content": content}], [], [str(video)])
     (mine,) = answerer.answer([Question(("films", "test", 0, 0), lambda: prompt, export.GENERATION)], Record(None))
     rows = lines_of(tmp_path / "out" / "documents.jsonl")
-    assert [one["batch"] for one in rows] == [2, 2] and [one["visual_tokens_out"] for one in rows] == [4, 4]
+    left = 4 * (6 if film_model.name == "internvl" else 1)
+    assert [one["batch"] for one in rows] == [2, 2] and [one["visual_tokens_out"] for one in rows] == [left, left]
     same = ("answer", "visual_tokens_in", "input_tokens_in", "input_tokens", "prefill_flops", "output_tokens")
     assert [rows[0][name] for name in same] == [mine[name] for name in same]

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVisionConfig,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionProcessor,
@@ -19,6 +23,7 @@ from transformers import (
 
 from checkpoints import tokenizer
 
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 4096}
 
@@ -94,6 +99,37 @@ def save_qwen(folder: Path) -> Path:
         chat_template=template("<|vision_start|><image><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"),
     )
     return _save(folder, Qwen2_5_VLForConditionalGeneration(config), processor)
+
+
+def save_internvl(folder: Path) -> Path:
+    """An InternVL: 2 x 2 tokens per tile; frames of a clip are images to it."""
+    from transformers import GotOcr2ImageProcessor, InternVLVideoProcessor
+
+    text = tokenizer()
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<patch>"}
+    names["video_token"] = "<video>"
+    text = type(text)(
+        tokenizer_object=text.backend_tokenizer, **SPECIAL, padding_side="left", extra_special_tokens=names
+    )
+    side, patch = 28, 7
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            **SIZES, intermediate_size=48, image_size=(side, side), patch_size=(patch, patch), norm_type="layer_norm"
+        ),
+        text_config=Qwen2Config(**TEXT, vocab_size=len(text)),
+        image_token_id=text.convert_tokens_to_ids("<patch>"),
+        downsample_ratio=0.5,
+    )
+    size = {"height": side, "width": side}
+    tiles = {"crop_to_patches": True, "min_patches": 1, "max_patches": 4}
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=size, **tiles),
+        video_processor=InternVLVideoProcessor(size=size),
+        tokenizer=text,
+        image_seq_length=4,
+        chat_template=template("<patch>", "<video>"),
+    )
+    return _save(folder, InternVLForConditionalGeneration(config), processor)
 
 
 def _save(folder: Path, model: Any, processor: Any) -> Path:

@@ -381,7 +381,7 @@ def _add_eval(commands: Any) -> None:
 def run_eval(options: argparse.Namespace) -> int:
     """`vtc eval`."""
     from vtc.eval.lmms import export, run, torchvision
-    from vtc.eval.lmms.record import Failed
+    from vtc.eval.lmms.record import MAX_FAILURES, Failed
 
     if options.limit is not None and options.limit < 1:
         raise VtcError(f"--limit is {options.limit}; use at least 1")
@@ -413,8 +413,9 @@ def run_eval(options: argparse.Namespace) -> int:
     except Failed as error:
         for failure in error.failures:
             print(f"  {failure}", file=sys.stderr)
-        count, listed = len(error.failures), options.out / "failures.jsonl"
-        return fail(f"{count} questions have no answer, so there are no scores; see {listed}", code=1)
+        many = f"{len(error.failures)} questions have no answer"
+        stop = ", and the rest was not asked" if len(error.failures) >= MAX_FAILURES else ""
+        return fail(f"{many}{stop}, so there are no scores; see {options.out / 'failures.jsonl'}", code=1)
     if results is not None:  # on the first of several processes
         print(run.table(results))
         print(f"Written: {options.out / 'results.json'}, {options.out / 'documents.jsonl'}")

@@ -243,7 +243,7 @@ class Answerer:
         ended = now(self.model.device)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        costs = self._costs(inputs, batch[0].shape, session)
+        costs = self._costs(inputs, session)
         until = asked.get("until") or []
         return [
             {
@@ -267,27 +267,26 @@ class Answerer:
         over = torch.isin(new, ends).cumsum(1)  # (B, T)
         return (((over == 0).sum(1)) + (over > 0).any(1)).tolist()
 
-    def _costs(self, inputs: dict[str, torch.Tensor], shape: Shape, session: Session | None) -> list[dict[str, Any]]:
+    def _costs(self, inputs: dict[str, torch.Tensor], session: Session | None) -> list[dict[str, Any]]:
         """Per row of the batch: lengths without padding, and FLOPs of the language model's prefill."""
-        ids = inputs["input_ids"]
         full = inputs["attention_mask"].sum(1).tolist()
-        masks = self.adapter.placeholders(ids, None).values()  # (B, S) each
-        visual = torch.stack([mask.sum(1) for mask in masks]).sum(0).tolist()
+        masks = self.adapter.placeholders(inputs["input_ids"], None)  # (B, S) each
+        visual = {kind: mask.sum(1).tolist() for kind, mask in masks.items()}  # tokens, by row
+        before = [sum(counts) for counts in zip(*visual.values(), strict=True)]
         depth = self.adapter.text_config.num_hidden_layers
-        left = [[count] * depth for count in visual]  # visual tokens, by row and layer
-        if session is not None and shape != (0, ()):
-            left = self._left(session, shape, left)
+        left = [[count] * depth for count in before]  # visual tokens, by row and layer
+        if session is not None and any(before):
+            left = self._left(session, visual, left)
         rows = []
-        for row, layers in enumerate(left):
-            text = full[row] - visual[row]
-            lengths = [text + count for count in layers]
+        for length, count, layers in zip(full, before, left, strict=True):
+            lengths = [length - count + some for some in layers]
             rows.append(
                 {
-                    "visual_tokens_in": visual[row],
+                    "visual_tokens_in": count,
                     "visual_tokens_out": layers[-1],
-                    "input_tokens_in": full[row],
+                    "input_tokens_in": length,
                     "input_tokens": lengths[-1],
-                    **self._work(lengths, full[row]),
+                    **self._work(lengths, length),
                 }
             )
         return rows
@@ -303,24 +302,30 @@ class Answerer:
         except UnsupportedModelError:  # a mixture of experts has no closed form
             return {"prefill_flops": None, "prefill_flops_in": None, "kv_cache_bytes": None}
 
-    def _left(self, session: Session, shape: Shape, before: list[list[int]]) -> list[list[int]]:
-        """Visual tokens that are left, by row and decoder layer, from the report of the prefill."""
+    def _left(self, session: Session, visual: dict[str, list[int]], before: list[list[int]]) -> list[list[int]]:
+        """Visual tokens that are left, by row and decoder layer, from the report of the prefill.
+
+        Visual inputs come in the order of their placeholders, so each row's are as many as fill its own.
+        """
         report = session.last
         if report is None or report.prompts != len(before):
             raise RuntimeError(f"{session.spec}: the model was called, but there is no report of it")
-        numbers = {kind: [n for n, one in enumerate(report.modalities) if one == kind] for kind in ("image", "video")}
-        each = {"image": shape[0], "video": len(shape[1])}
-        counts = {kind: per * len(before) for kind, per in each.items()}
-        if {kind: len(found) for kind, found in numbers.items()} != counts:
-            raise RuntimeError(f"{session.spec}: expected {counts} visual inputs, the model saw {report.modalities}")
+        mine: list[list[int]] = [[] for _ in before]
+        for kind, counts in visual.items():
+            numbers = [number for number, one in enumerate(report.modalities) if one == kind]
+            for row, count in enumerate(counts):
+                while count > 0 and numbers:
+                    mine[row].append(numbers[0])
+                    count -= report.layouts[numbers.pop(0)].tokens
+                if count:
+                    raise RuntimeError(f"{session.spec}: the report of the {kind}s does not fit the prompts")
         left = []
-        for row, layers in enumerate(before):
-            mine = [number for kind, per in each.items() for number in numbers[kind][row * per : (row + 1) * per]]
-            counts_by_layer = list(layers)
+        for layers, numbers in zip(before, mine, strict=True):
+            after = list(layers)
             for stage in report.stages:
-                after = sum(len(stage.kept[number]) for number in mine)
-                counts_by_layer[stage.layer :] = [after] * (len(layers) - stage.layer)
-            left.append(counts_by_layer)
+                kept = sum(len(stage.kept[number]) for number in numbers)
+                after[stage.layer :] = [kept] * (len(layers) - stage.layer)
+            left.append(after)
         return left
 
 

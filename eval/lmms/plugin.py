@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vtc.errors import VtcError
 from vtc.eval.bench import Options
 from vtc.eval.lmms.answering import Answerer, Prompt, Question, make_answerer
-from vtc.eval.lmms.record import Failed, Failure, Record
+from vtc.eval.lmms.record import Failed, Failure, Record, begin, identity
 
 
 class VtcHf(lmms):
@@ -72,6 +72,16 @@ class VtcHf(lmms):
                 batch_size=int(batch_size),
             )
             answerer = make_answerer(options, str(spec).strip("\"'"), frames=int(frames), reader=reader)
+            if out and self.accelerator.is_main_process:
+                specs = [str(one) for one in answerer.compressors]
+                more = {
+                    "dtype": dtype,
+                    "attention": attn_implementation,
+                    "simple": self.is_simple,
+                    "frames": int(frames),
+                }
+                begin(Path(out), identity(options.model, specs, **more))
+            self.accelerator.wait_for_everyone()
         self.answerer = answerer
         self.out = Path(out) if out else None
         self.asked = False  # whether lmms-eval got as far as asking questions

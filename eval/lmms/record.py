@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import vtc
+from vtc import zoo
 from vtc.errors import VtcError
 
 MAX_FAILURES = 10  # after so many, something is wrong with more than a question
@@ -98,6 +101,36 @@ class Record:
                 "begun: choose another --out, or replace it with --overwrite"
             )
         return row
+
+
+def identity(model: str, compressors: Sequence[str], **more: Any) -> dict[str, Any]:
+    """What answers depend on, besides the question; the content of `run.json`."""
+    versions = {"vtc": vtc.__version__, **{name: version(name) for name in ("torch", "transformers")}}
+    spec = "+".join(compressors) or "none"
+    return {"model": str(zoo.find(model).resolve()), "spec": spec, **more, "versions": versions}
+
+
+def begin(folder: Path, asked: dict[str, Any]) -> None:
+    """Begin a run in `folder`, or go on with the one that is there.
+
+    Raises:
+        VtcError: that one asked something else, or what is left of it cannot be read.
+    """
+    note = folder / "run.json"
+    if note.exists():
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError:
+            raise VtcError(f"{note} is not readable: choose another --out, or start over with --overwrite") from None
+        changed = [name for name, value in asked.items() if before.get(name) != value]
+        if changed:
+            was = ", ".join(f"{name} was {before.get(name)} and is {asked[name]}" for name in changed)
+            raise VtcError(f"{folder} has another run: {was}; choose another --out, or replace it with --overwrite")
+    elif next(folder.glob("answers-*.jsonl"), None) is not None:
+        raise VtcError(f"{folder} has answers but no run.json: choose another --out, or start over with --overwrite")
+    read_answers(folder)  # a broken line shows now, not after the model has worked
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
 
 
 def read_answers(folder: Path) -> dict[Key, Row]:

@@ -24,7 +24,7 @@ from typing import Any
 from vtc import zoo
 from vtc.errors import VtcError, did_you_mean
 from vtc.eval.lmms import torchvision
-from vtc.eval.lmms.record import Failed, Failure, Record, Row, key_of, read_answers
+from vtc.eval.lmms.record import Failed, Failure, Record, Row, begin, identity, key_of, read_answers
 
 BUNDLED = ("scenes",)
 OUTPUTS = ("run.json", "documents.jsonl", "results.json", "failures.jsonl")
@@ -188,36 +188,20 @@ def open_folder(settings: Settings, compressors: Sequence[str]) -> None:
     """Begin a run in the folder, or go on with the one that is there if it asked the same."""
     from vtc.eval.bench import check_folder
 
-    out = settings.out
-    check_folder(out, overwrite=True)  # refuses what cannot be a folder
-    asked = {
-        "model": str(zoo.find(settings.model).resolve()),
-        "spec": "+".join(compressors) or "none",
-        "dtype": settings.dtype,
-        "attention": settings.attention,
-        "simple": settings.simple,
-        "frames": settings.frames,
-        "versions": {name: version(name) for name in ("vtc", "torch", "transformers")},
-    }
-    note = out / "run.json"
+    check_folder(settings.out, overwrite=True)  # refuses what cannot be a folder
     if settings.overwrite:
-        for path in [out / name for name in OUTPUTS] + list(out.glob("answers-*.jsonl")):
+        for path in [settings.out / name for name in OUTPUTS] + list(settings.out.glob("answers-*.jsonl")):
             path.unlink(missing_ok=True)
-    elif note.exists():
-        try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except ValueError:
-            raise VtcError(f"{note} is not readable: choose another --out, or start over with --overwrite") from None
-        changed = [name for name, value in asked.items() if before.get(name) != value]
-        if changed:
-            was = ", ".join(f"{name} was {before.get(name)} and is {asked[name]}" for name in changed)
-            raise VtcError(f"--out {out} has another run: {was}; choose another --out, or replace it with --overwrite")
-    elif next(out.glob("answers-*.jsonl"), None) is not None:
-        raise VtcError(f"{out} has answers but no run.json: choose another --out, or start over with --overwrite")
-    read_answers(out)  # a broken line shows now, not after the model has worked
-    out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
-    (out / "failures.jsonl").unlink(missing_ok=True)
+    asked = identity(
+        settings.model,
+        compressors,
+        dtype=settings.dtype,
+        attention=settings.attention,
+        simple=settings.simple,
+        frames=settings.frames,
+    )
+    begin(settings.out, asked)
+    (settings.out / "failures.jsonl").unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- answers
@@ -294,6 +278,8 @@ def ask_lmms(settings: Settings, answerer: Any, manager: Any, outcome: Outcome) 
             verbosity="ERROR",
         )
     except (Exception, SystemExit) as error:
+        if wrapper.asked and isinstance(error, SystemExit):  # whatever its code: there are no scores
+            raise RuntimeError(f"scoring {', '.join(settings.others)} left Python: {error}") from error
         if wrapper.asked:
             raise
         raise VtcError(f"cannot prepare {', '.join(settings.others)}: {describe(root_of(error))}") from error
