@@ -9,6 +9,7 @@ import ast
 import builtins
 import dis
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 import vtc
 from cases import DECODER_SPECS, DROPPING
@@ -155,6 +157,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     "beams repeat a prompt with its images, and scores of another image are taken": (
         "test_interception.py::test_beams_and_samples_repeat_the_images",
         "test_interception.py::test_beams_with_several_images_per_prompt",
+        "test_traps.py::test_copies_of_encoded_images_are_not_confused",
     ),
 }
 
@@ -506,3 +509,28 @@ def test_features_come_from_the_feature_layer(name: str, number: int, layer: int
         changed = model.model.get_image_features(pixels).pooler_output[0]
         handle.remove()
         assert torch.equal(changed, expected) == (index > layer)
+
+
+@pytest.mark.skipif(
+    "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters,
+    reason="this transformers release does not run the encoder ahead of the prefill",
+)
+@torch.no_grad()
+def test_copies_of_encoded_images_are_not_confused() -> None:
+    """Prompts of beams come with copies of what was encoded once; each keeps what the scores of its own image say."""
+    family = FAMILIES["llava"]
+    model, prompts = family.model(), family.batch([TWO_IMAGES, TEXT, ONE_IMAGE])
+    inputs = prompts.inputs()
+    pixels = inputs.pop("pixel_values")
+    with vtc.compress(model, "fastervlm:keep=5") as run:
+        expected = model(**inputs, pixel_values=pixels).logits
+        first, second, third = run.last.kept  # type: ignore[union-attr]
+        assert len({first, second, third}) == 3
+        for beams in (1, 2, 3):
+            encoded = model.model.get_image_features(pixels, return_dict=True)
+            one, two, three = encoded.pooler_output
+            encoded["pooler_output"] = [feature.clone() for feature in [one, two] * beams + [three] * beams]
+            repeated = {name: value.repeat_interleave(beams, dim=0) for name, value in inputs.items()}
+            out = model(**repeated, mm_encoder_outputs={"image": encoded})
+            assert run.last.kept == (first, second) * beams + (third,) * beams  # type: ignore[union-attr]
+            assert error(out.logits, expected.repeat_interleave(beams, dim=0)) < CLOSE[torch.float32]
