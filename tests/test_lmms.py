@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,51 @@ def test_costs_are_those_of_the_row(spec: str, left: tuple[int, int], folder: Pa
         assert row["prefill_flops"] == flops.prefill_flops(config, lengths)
         assert row["prefill_flops_in"] == flops.prefill_flops(config, words + pictures * TOKENS)
         assert 0 < row["ttft_ms"] <= row["generate_ms"]
+
+
+@pytest.mark.parametrize("spec", ["none", "uniform:keep=4", "pool:keep=4,positions=contiguous"])
+def test_likelihoods_of_given_answers(spec: str, folder: Path, items: list[scenes.Item]) -> None:
+    rows = judged(folder, spec, items)
+    assert {row["visual_tokens_out"] for row in rows} == {16 if spec == "none" else 4}
+
+
+def judged(folder: Path, spec: str, items: list[scenes.Item]) -> list[dict[str, Any]]:
+    """Rows of given answers, compared with one forward pass over prompt and answer, without a cache."""
+    answerer = make_answerer(Options(model=str(folder), batch_size=4), spec)
+    model, tokenizer = answerer.model, answerer.processor.tokenizer
+    choices = ("red", "top-left", "red square above", "how many circles")
+    asked = [
+        replace(ask(0, [items[0].image], "What digit is red?"), key=("task", "test", 0, number), choice=choice)
+        for number, choice in enumerate(choices)
+    ]
+    rows = answerer.answer(asked, Record(None))
+    losses = []
+    for question, row in zip(asked, rows, strict=True):
+        words = tokenizer(question.choice, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        inputs = answerer.inputs([answerer.load(question)])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], words], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, words.shape[1]))
+        with torch.no_grad(), vtc.compress(model, spec):
+            logits = model(**inputs, use_cache=False).logits[0, -words.shape[1] - 1 : -1]
+        chosen = logits.log_softmax(-1).gather(1, words[0][:, None])
+        losses.append(-chosen.mean().item())
+        assert row["loss"] == pytest.approx(losses[-1], rel=1e-5)
+        assert row["greedy"] == bool((logits.argmax(-1) == words[0]).all())
+        assert row["output_tokens"] == words.shape[1] and row["answer"] == question.choice
+    assert len({round(loss, 3) for loss in losses}) == len(choices)
+    return rows
+
+
+def test_what_the_model_would_say_is_greedy(folder: Path, mixed: list[Question]) -> None:
+    answerer = make_answerer(Options(model=str(folder)), "fastv:keep=3,layer=1")
+    said = answerer.answer(mixed[:1], Record(None))[0]["answer"]
+    (same,) = answerer.answer([replace(mixed[0], choice=said)], Record(None))
+    (other,) = answerer.answer([replace(mixed[0], choice=f"cat {said}")], Record(None))
+    assert said and same["greedy"] and not other["greedy"]
+    with pytest.raises(Failed, match="has no tokens"):
+        answerer.answer([replace(mixed[0], choice="")], Record(None))
 
 
 def test_tokens_of_answers_count_up_to_the_end(folder: Path) -> None:
@@ -693,6 +739,11 @@ def test_two_processes_answer_like_one(name: str, task: Path, tmp_path: Path, ou
     assert scores[0]["exact_match"] == scores[1]["exact_match"] and scores[1]["n"] == 7
 
 
+@pytest.mark.parametrize("spec", ["none", "uniform:keep=4"])
+def test_likelihoods_on_other_families(spec: str, film_model: Path, items: list[scenes.Item]) -> None:
+    judged(film_model, spec, items)
+
+
 FILMS = """\
 from vtc.eval.lmms.export import doc_to_text, mean, process_results
 
@@ -725,3 +776,46 @@ def test_videos_through_lmms_eval(
     assert [one["batch"] for one in rows] == [2, 2] and [one["visual_tokens_out"] for one in rows] == [left, left]
     same = ("answer", "visual_tokens_in", "input_tokens_in", "input_tokens", "prefill_flops", "output_tokens")
     assert [rows[0][name] for name in same] == [mine[name] for name in same]
+
+
+CHOICE = """\
+task: choice
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: test.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: question
+doc_to_target: answer
+doc_to_choice: ["red", "green", "yes", "no", "circle", "3"]
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@needs_lmms
+def test_multiple_choice_through_lmms_eval(task: Path, tmp_path: Path, outside: Any) -> None:
+    choices = ("red", "green", "yes", "no", "circle", "3")
+    documents = [one for one in lines_of(task / "test.jsonl") if one["answer"] in choices]
+    assert len(documents) >= 3
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
+    (tmp_path / "utils.py").write_text(export.UTILS)
+    (tmp_path / "choice.yaml").write_text(CHOICE.replace("test.jsonl", str(tmp_path / "test.jsonl")))
+    arguments = ("--tasks", "choice", "--include-path", tmp_path, "--spec", "fastervlm:keep=64", "--simple")
+    done = outside("-m", "vtc", "eval", *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = lines_of(tmp_path / "out" / "documents.jsonl")
+    right = []
+    for number, document in enumerate(documents):
+        mine = {one["answer"]: one["loss"] for one in rows if one["doc_id"] == number}
+        assert set(mine) == set(choices)
+        right.append(min(mine, key=mine.__getitem__) == document["answer"])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["choice"]
+    assert (found["acc"], found["n"]) == (sum(right) / len(right), len(documents)) and found["acc"] > 0.5
+    chat = outside("-m", "vtc", "eval", *arguments[:-1], "--out", tmp_path / "chat")
+    assert chat.returncode == 2 and "cannot prepare choice" in chat.stderr.splitlines()[-1]

@@ -79,17 +79,24 @@ class Question:
         load: makes the prompt. Called when its turn comes, so that pictures need not be in memory all at once.
         generation: what the task asks of `generate`: `max_new_tokens`, `temperature`, `until`, ...
         context: the text of the question, as far as it is known without loading; tells it from another of the same key.
+        choice: an answer whose likelihood is asked for, instead of generating one.
     """
 
     key: Key
     load: Callable[[], Prompt]
     generation: Mapping[str, Any]
     context: str = ""
+    choice: str | None = None
 
     @property
     def digest(self) -> str:
-        asked = json.dumps([self.context, dict(self.generation)], sort_keys=True, default=str)
+        asked = json.dumps([self.context, dict(self.generation), self.choice], sort_keys=True, default=str)
         return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+    @property
+    def row(self) -> Row:
+        """What every row about it says."""
+        return {**dict(zip(("task", "split", "doc_id", "repeat"), self.key, strict=True)), "digest": self.digest}
 
 
 class Gate(StoppingCriteria):
@@ -175,8 +182,9 @@ class Answerer:
 
         for _, group in groupby(sorted(questions, key=alike), key=alike):  # stable
             same = list(group)
-            for start in range(0, len(same), self.batch_size):
-                yield same[start : start + self.batch_size]
+            size = self.batch_size if same[0].choice is None else 1
+            for start in range(0, len(same), size):
+                yield same[start : start + size]
 
     def _ask(self, questions: Sequence[Question], session: Session | None) -> tuple[list[Row], list[Failure]]:
         """Rows and failures of one chunk."""
@@ -236,6 +244,8 @@ class Answerer:
         asked = batch[0].question.generation
         start = time.perf_counter()
         inputs = self.inputs(batch)
+        if batch[0].question.choice is not None:
+            return [self._judge(batch[0].question, batch[0].question.choice, inputs, session, start)]
         options = generation(asked)
         gate = Gate(self.model.device)
         began = now(self.model.device)
@@ -247,7 +257,7 @@ class Answerer:
         until = asked.get("until") or []
         return [
             {
-                **dict(zip(("task", "split", "doc_id", "repeat"), one.question.key, strict=True)),
+                **one.question.row,
                 "answer": cut(text, [until] if isinstance(until, str) else until),
                 "output_tokens": length,
                 **cost,
@@ -255,10 +265,43 @@ class Answerer:
                 "prepare_ms": 1000 * (began - start),
                 "ttft_ms": 1000 * ((gate.first or ended) - began),
                 "generate_ms": 1000 * (ended - began),
-                "digest": one.question.digest,
             }
             for one, text, length, cost in zip(batch, texts, self._lengths(new), costs, strict=True)
         ]
+
+    def _judge(
+        self, question: Question, choice: str, inputs: dict[str, torch.Tensor], session: Session | None, start: float
+    ) -> Row:
+        """How likely the model finds a given answer: its tokens' mean negative log-likelihood, and if it would say so.
+
+        The prompt is read as for generating, and the answer on its cache: what a strategy keeps does not depend on it.
+        """
+        words = self.processor.tokenizer(choice, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        words = words.to(inputs["input_ids"].device)  # (1, n)
+        if not words.numel():
+            raise VtcError(f"the answer {choice!r} has no tokens")
+        began = now(self.model.device)
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        first = now(self.model.device)
+        (cost,) = self._costs(inputs, session)
+        logits = output.logits[:, -1:]  # (1, 1, V)
+        if words.shape[1] > 1:
+            more = self.model(input_ids=words[:, :-1], past_key_values=output.past_key_values, use_cache=True)
+            logits = torch.cat([logits, more.logits], 1)  # (1, n, V)
+        loss = torch.nn.functional.cross_entropy(logits[0].float(), words[0]).item()
+        ended = now(self.model.device)
+        return {
+            **question.row,
+            "answer": choice,
+            "loss": loss,
+            "greedy": bool((logits.argmax(-1) == words).all()),
+            "output_tokens": words.shape[1],
+            **cost,
+            "batch": 1,
+            "prepare_ms": 1000 * (began - start),
+            "ttft_ms": 1000 * (first - began),
+            "generate_ms": 1000 * (ended - began),
+        }
 
     def _lengths(self, new: torch.Tensor) -> list[int]:
         """Generated tokens of each row, the end token included; rows that ended early are padded."""

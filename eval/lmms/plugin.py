@@ -104,11 +104,27 @@ class VtcHf(lmms):
         Raises:
             Failed: on every process, if any question of any process has no answer.
         """
+        filler = GenerationResult("")
+        return [filler if row is None else result(row) for row in self._rows(requests)]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """The loss of given answers, which is what tasks of type `multiple_choice` take the smallest of.
+
+        Errors are those of `generate_until`.
+        """
+        # A pair by itself would be turned into text (lmms-eval 0.7.3); as the text of a result it is left alone.
+        pairs = [(0.0, False) if row is None else (row["loss"], row["greedy"]) for row in self._rows(requests)]
+        return [GenerationResult(pair) for pair in pairs]
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
+        raise NotImplementedError("vtc_hf answers tasks of one round")
+
+    def _rows(self, requests: Sequence[Any]) -> list[dict[str, Any] | None]:
+        """One row per request; none for copies that keep processes in step."""
         self.asked = True
         seen: Counter[tuple[Any, ...]] = Counter()
         questions: list[Question | None] = []
         for request in requests:
-            # Copies that keep processes in step are no questions of their own.
             copy = bool((request.metadata or {}).get("__padding_only__"))
             questions.append(None if copy else self._question(request, seen))
         real = [question for question in questions if question is not None]
@@ -123,17 +139,7 @@ class VtcHf(lmms):
         failures = gather_object(failures)
         if failures:
             raise Failed(failures)
-        filler = GenerationResult("")
-        return [filler if question is None else result(rows[question.key]) for question in questions]
-
-    def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        raise NotImplementedError(
-            "vtc_hf generates answers; tasks that compare the likelihoods of given ones (multiple_choice) do not work "
-            "in lmms-eval 0.7.3 either, which turns likelihoods into text"
-        )
-
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
-        raise NotImplementedError("vtc_hf answers tasks of one round")
+        return [None if question is None else rows[question.key] for question in questions]
 
     def _question(self, request: Any, seen: Counter[tuple[Any, ...]]) -> Question:
         context, to_messages, asked, doc_id, task, split = request.args
@@ -144,11 +150,19 @@ class VtcHf(lmms):
         return self._keyed(task, split, doc_id, seen, load, asked, context)
 
     def _keyed(
-        self, task: str, split: str, doc_id: int, seen: Counter[Any], load: Any, asked: Any, context: str
+        self,
+        task: str,
+        split: str,
+        doc_id: int,
+        seen: Counter[Any],
+        load: Any,
+        asked: Any,
+        context: str,
+        choice: str | None = None,
     ) -> Question:
         repeat = seen[task, split, doc_id]
         seen[task, split, doc_id] += 1
-        return Question((task, split, int(doc_id), repeat), load, asked or {}, str(context))
+        return Question((task, split, int(doc_id), repeat), load, asked or {}, str(context), choice)
 
 
 class VtcHfSimple(VtcHf):
@@ -157,14 +171,19 @@ class VtcHfSimple(VtcHf):
     is_simple = True
 
     def _question(self, request: Any, seen: Counter[tuple[Any, ...]]) -> Question:
-        context, asked, to_visuals, doc_id, task, split = request.args
+        context, second, third, doc_id, task, split = request.args
+        judged = request.request_type == "loglikelihood"  # its order is another
+        asked, to_visuals = ({}, third) if judged else (second, third)
+        choice = None
+        if judged:
+            choice = second if isinstance(second, str) else str(second(self.task_dict[task][split][doc_id]))
 
         def load() -> Prompt:
             visuals = to_visuals(self.task_dict[task][split][doc_id])
             content = [{"type": kind_of(visual), "url": visual} for visual in flat(visuals)]
             return from_messages([{"role": "user", "content": [*content, {"type": "text", "text": context}]}])
 
-        return self._keyed(task, split, doc_id, seen, load, asked, context)
+        return self._keyed(task, split, doc_id, seen, load, asked, context, choice)
 
 
 def place(device: str | None, accelerator: Accelerator) -> str:
