@@ -89,8 +89,8 @@ class Adapter(ABC):
     def token_rows(self, modality: str, rows: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
         """Map scores of encoder positions to the tokens that the language model sees, `(N_i,)` per visual input.
 
-        `rows` is `(P, S)`, or `(S,)` for packed inputs. Where the model averages or interpolates features, scores go the
-        same way; separators get 0.
+        `rows` is `(P, S)`, or `(S,)` for packed inputs. Where the model averages or interpolates features, scores go
+        the same way; separators get 0.
         """
 
     def longest(self, layouts: Sequence[Layout]) -> int | None:

@@ -222,7 +222,7 @@ class Stretch:
         """0-dimensional int64: up to which length of the text, `length` before the call, these layers lack tokens."""
         if self.index is None or self.back is None:
             return torch.full((), length, device=self.numbers.device)
-        batch, size = self.back.shape
+        size = self.back.shape[1]
         filled = torch.ones_like(self.index) if self.now is None else self.now.long()
         kept = torch.zeros_like(self.back).scatter_(1, self.index, filled)
         place = torch.arange(1, size + 1, device=kept.device)
@@ -341,8 +341,8 @@ class Places:
                 lengths[self.rows[number]] -= group.dropped
         if max(lengths) == 0:
             raise VtcError(
-                "no token of this call would be left: it has visual tokens alone, and all of them are to be dropped; give "
-                "text together with them, or keep at least 1"
+                "no token of this call would be left: it has visual tokens alone, and all of them are to be dropped; "
+                "give text together with them, or keep at least 1"
             )
         kept = kept.view(batch, size)
         stays = kept if now is None or batch == 1 else kept & now

@@ -1,7 +1,7 @@
 """What a compressed key-value cache must remember, kept on the cache itself.
 
-A compressed cache is shorter than the text it stands for, and its layers may differ in length. `generate` slices prompts
-and numbers positions by `get_seq_length()`, which must therefore count the dropped tokens too, while masks are built
+A compressed cache is shorter than the text it stands for, and its layers may differ in length. `generate` slices
+prompts and numbers positions by `get_seq_length()`, which must therefore count the dropped tokens too, while masks are built
 from `get_query_offset()` and the tensors' true lengths, which must not.
 """
 
@@ -81,8 +81,8 @@ class _Compressed:
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if self._vtc_state is not None and not self._vtc_attended:
             raise VtcError(
-                "this cache was filled by a compressed model, which is not compressed any more: it holds fewer tokens than "
-                "the model believes; compress the model again, or start with a new cache"
+                "this cache was filled by a compressed model, which is not compressed any more: it holds fewer tokens "
+                "than the model believes; compress the model again, or start with a new cache"
             )
         return super().update(*args, **kwargs)  # type: ignore[misc]
 

@@ -33,7 +33,7 @@ from vtc.call import Call, Record, Seen, Stage
 from vtc.choice import Group, choose
 from vtc.compressor import Compressor, DecoderCompressor
 from vtc.decoder import Probe, exchanged_attention, last_token_attention
-from vtc.encoding import MODALITIES, EncoderWatch, encoding_of
+from vtc.encoding import MODALITIES, EncoderWatch
 from vtc.errors import VtcError
 from vtc.inputs import Inputs, visual_inputs
 from vtc.saliency import Tap
@@ -408,6 +408,6 @@ def _refuse_replays(layer: nn.Module) -> None:
         and "__call__" in vars(GradientCheckpointingLayer)
     ):
         raise VtcError(
-            "gradient checkpointing of this transformers release repeats the hooks of a layer in the backward pass, which "
-            "a compressor inside the language model cannot follow: use a newer release, or one that acts before it"
+            "gradient checkpointing of this transformers release repeats the hooks of a layer in the backward pass, "
+            "which a compressor inside the language model cannot follow: use a newer release, or one that acts before it"
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vtc.kernels.cosine import full_precision
 
-# Entries of the attention map alive at a time: as many as stay in a processor's cache; more where each step is a launch.
+# Entries of the attention map alive at a time: as many as stay in a processor's cache; more where steps are launches.
 ALIVE_IN_CACHE, ALIVE = 2**20, 2**26
 BLOCK = 256  # rows of it at most
 
