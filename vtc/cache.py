@@ -1,8 +1,8 @@
 """What a compressed key-value cache must remember, kept on the cache itself.
 
 A compressed cache is shorter than the text it stands for, and its layers may differ in length. `generate` slices
-prompts and numbers positions by `get_seq_length()`, which must therefore count the dropped tokens too, while masks are built
-from `get_query_offset()` and the tensors' true lengths, which must not.
+prompts and numbers positions by `get_seq_length()`, which must therefore count the dropped tokens too, while masks are
+built from `get_query_offset()` and the tensors' true lengths, which must not.
 """
 
 from __future__ import annotations

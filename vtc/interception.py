@@ -409,5 +409,5 @@ def _refuse_replays(layer: nn.Module) -> None:
     ):
         raise VtcError(
             "gradient checkpointing of this transformers release repeats the hooks of a layer in the backward pass, "
-            "which a compressor inside the language model cannot follow: use a newer release, or one that acts before it"
+            "which a compressor inside the language model cannot follow: use a newer release, or one in front of it"
         )
