@@ -654,8 +654,8 @@ def test_gradients_stay_out_of_the_choice(spec: str) -> None:
 @pytest.mark.parametrize("spec", ALL)
 def test_size_of_memory(spec: str) -> None:
     """No tensor of tokens x tokens at a length where that would matter."""
-    tokens = 3000
-    visual = view((1, 50, 60), torch.empty(1, tokens, 8, device="meta"), torch.empty(1, 3, tokens, device="meta"))
+    tokens = 6000
+    visual = view((1, 100, 60), torch.empty(1, tokens, 8, device="meta"), torch.empty(1, 3, tokens, device="meta"))
     with Watch() as seen:
         sized(spec, 3).select(visual)
     assert 0 < seen.largest <= tokens * 512

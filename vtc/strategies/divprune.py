@@ -30,7 +30,7 @@ class DivPrune(Compressor):
     - It measures the distance of two copies, which rounding makes now zero and now not; here copies of a separator are
       left out until the end, and the first survivor is never one of them, as if that distance were always zero.
     - It compares features in the model's precision and holds all pairwise distances; here distances are float32, and
-      one row of them is computed per choice.
+      of long inputs one row of them is computed per choice.
 
     Positions are contiguous by default: the code shortens the sequence before the language model numbers it.
     """
