@@ -1,4 +1,4 @@
-"""Greedy selection in torch: one matrix-vector product per choice, or one row of the `N x N` cosines while they are few."""
+"""Greedy selection in torch: one matrix-vector product per choice, or a row of all cosines while they are few."""
 
 from __future__ import annotations
 
