@@ -137,6 +137,7 @@ def row(spec: str, rounds: list[Round]) -> dict[str, str]:
         "ideal, s": f"{median(one.ideal for one in rounds) / 1000:.3f}",
         "selection, ms": f"{median(one.ours.parts['selection'] for one in rounds):.1f}",
         "hooks in the encoder, ms": f"{median(one.tapped for one in rounds):.1f}",
+        "both / compressed": f"{100 * median((one.ours.parts['selection'] + one.tapped) / one.after for one in rounds):.1f} %",
         "overhead": f"{100 * median((one.after - one.ideal) / one.after for one in rounds):.1f} %",
         "fall / ideal": f"{median((one.before - one.after) / (one.before - one.ideal) for one in rounds):.3f}",
         "TTFT speed-up": f"{median(one.full.ttft / one.ours.ttft for one in rounds):.2f}x",
