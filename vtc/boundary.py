@@ -101,10 +101,6 @@ class Shrink:
         beyond = mask.shape[3] - past - self.back.shape[1]
         return out if beyond <= 0 else nn.functional.pad(out, (0, mask.shape[3] - out.shape[3]), value=off)
 
-    def put_back(self, x: Tensor) -> Tensor:
-        """`(B, K, D)` to `(B, S, D)`."""
-        return put_back(x, self.back)
-
 
 @dataclass(frozen=True)
 class Stretch:
@@ -237,10 +233,10 @@ def open_stretch(arguments: Mapping[str, Any], state: CacheState | None) -> Stre
     reference = _reference(arguments)
     size, device = reference.shape[1], reference.device
     mask = arguments.get("attention_mask")
-    length = text_length(arguments, state)
+    length = _text_length(arguments, state)
     # What generate prepares for a static cache says no more than a 2-D mask, and counts the dropped tokens too.
     # Anybody else's prepared mask means something that nobody here can translate.
-    if state is not None and not _is_flat(mask) and mask is not None:
+    if state is not None and not is_flat(mask) and mask is not None:
         if not getattr(arguments.get("past_key_values"), "is_compileable", False):
             raise VtcError(PREPARED)
         mask = None
@@ -252,13 +248,13 @@ def open_stretch(arguments: Mapping[str, Any], state: CacheState | None) -> Stre
         numbers = numbers[1:]
     part = Part() if state is None else state.part(0)
     held = part.mask
-    if state is None and length > 0 and _is_flat(mask):
+    if state is None and length > 0 and is_flat(mask):
         held = mask[:, :length].bool()  # type: ignore[index]
     shift = None if part.shift is None else part.shift.to(device)
     return Stretch(0, length - part.dropped, held, _real(mask, size, length), numbers, shift, part.dropped)
 
 
-def text_length(arguments: Mapping[str, Any], state: CacheState | None) -> int:
+def _text_length(arguments: Mapping[str, Any], state: CacheState | None) -> int:
     """Number of tokens before this call, dropped ones included."""
     if state is not None:
         return state.length
@@ -283,7 +279,7 @@ def entry_arguments(
     mask = arguments.get("attention_mask")
     out = dict(arguments)
     out["position_ids"] = gapless(stretch)
-    if mask is not None and not _is_flat(mask) and shrink is not None and state is None:
+    if mask is not None and not is_flat(mask) and shrink is not None and state is None:
         out["attention_mask"] = _cut_masks(mask, shrink, stretch.past)
     else:
         out["attention_mask"] = stretch.mask(reference.shape[0])
@@ -356,7 +352,8 @@ def _reference(arguments: Mapping[str, Any]) -> Tensor:
     return embeds if embeds is not None else arguments["input_ids"]
 
 
-def _is_flat(mask: Any) -> bool:
+def is_flat(mask: Any) -> bool:
+    """Whether this is a mask of tokens, `(B, P + S)`, rather than one prepared for attention."""
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
@@ -366,7 +363,7 @@ def _real(mask: Any, size: int, past: int) -> Tensor | None:
         return next((real for real in (_real(entry, size, past) for entry in mask.values()) if real is not None), None)
     if not isinstance(mask, Tensor):
         return None
-    if _is_flat(mask):
+    if is_flat(mask):
         return mask[:, -size:].bool()
     diagonal = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)  # a token that is not padding sees itself
     return diagonal if mask.dtype == torch.bool else diagonal > torch.finfo(mask.dtype).min / 2

@@ -24,6 +24,7 @@ from vtc.boundary import (
     cut_deepstack,
     entry_arguments,
     gapless,
+    is_flat,
     open_stretch,
     put_back,
     truncate,
@@ -82,7 +83,7 @@ class Interception:
     def install(self) -> None:
         adapter, handles = self._adapter, self._handles
         model = adapter.language_model
-        handles.append(adapter.multimodal.register_forward_pre_hook(self.enter, with_kwargs=True))
+        handles.append(adapter.multimodal.register_forward_pre_hook(self._enter, with_kwargs=True))
         handles.append(adapter.multimodal.register_forward_hook(self._leave, always_call=True))
         for tap in self._taps.values():
             handles += tap.install()
@@ -108,7 +109,7 @@ class Interception:
         """The call that this thread is in. Calls of one model do not nest, so a new one replaces an interrupted one."""
         return getattr(self._local, "call", None)
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = bind(module, args, kwargs)
         ahead = arguments.get("mm_encoder_outputs") or {}  # what generate, or the caller, encoded before this call
         self._local.call = Call(
@@ -138,8 +139,7 @@ class Interception:
         self._check_cache(cache, state)
         attend(cache, True)
         call.cache = cache
-        prepared = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
-        call.own_mask = prepared and not getattr(cache, "is_compileable", False)
+        call.own_mask = not (mask is None or is_flat(mask) or getattr(cache, "is_compileable", False))
         stretch, shrink = open_stretch(arguments, state), None
         if call.encoded:
             arguments, stretch, shrink = self._select(call, arguments, stretch)

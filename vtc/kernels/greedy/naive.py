@@ -49,11 +49,14 @@ def greedy(rows: Tensor, k: int, first: Tensor | None, weight: Tensor | None, to
         if len(rows) > 1:  # one after the other: less memory at a time, and each as if it were alone
             weights = [None] * len(rows) if weight is None else weight[:, None]
             return torch.cat([greedy(row[None], k, None, own, total) for row, own in zip(rows, weights, strict=True)])
-        whole = all_cosines(unit(rows))
+        rows = unit(rows)
+        whole = all_cosines(rows)
         whole.diagonal(0, 1, 2).fill_(-torch.inf)  # a row is not its own neighbour, and never chosen again
         first = whole.amax(dim=2).argmin(dim=1)
-    first = most_isolated(rows) if first is None else first
-    rows, pick, chosen = unit(rows), first, [first]
+    else:
+        first = most_isolated(rows) if first is None else first
+        rows = unit(rows)
+    pick, chosen = first, [first]
     taken = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
     share = None if weight is None else weight.float().nan_to_num(0.0, 0.0, 0.0)
     with full_precision(rows.device):
