@@ -19,7 +19,7 @@ import torch
 from vtc.errors import VtcError
 
 if TYPE_CHECKING:
-    from vtc.eval.scenes import Item
+    from vtc.eval.items import Item
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from vtc import adapters, zoo
 from vtc.compressor import Compressor, as_compressors, available, parse
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.eval import accuracy, flops, latency, lines, resume, scenes
+from vtc.eval.items import Item
 from vtc.report import Report
 
 BASELINES = ("random", "uniform", "pool")
@@ -221,7 +222,7 @@ class Bench:
     options: Options
     model: Any
     processor: Any
-    items: Sequence[scenes.Item]
+    items: Sequence[Item]
 
     def able(self, plan: Sequence[Setting]) -> list[Setting]:
         """The settings of `plan` that this model can do. One that was asked for by name must be among them."""
@@ -366,7 +367,7 @@ class Bench:
         }
 
 
-def sample_id(item: scenes.Item) -> str:
+def sample_id(item: Item) -> str:
     """The name of a question, the same in every run: a scene is asked at most one question per type."""
     return f"{SPLIT}/{item.index}/{item.type}"
 

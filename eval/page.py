@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from vtc import picture
-from vtc.eval import scenes
+from vtc.eval import content, scenes
 from vtc.eval.paired import Comparison
 from vtc.eval.plot import BASELINES
 from vtc.eval.report import Row, Run, Sample, comparison_table, remarks_on
@@ -24,7 +24,7 @@ from vtc.eval.table import conditions, groups, label, tables
 from vtc.visual import Layout
 
 if TYPE_CHECKING:
-    from vtc.eval.scenes import Item
+    from vtc.eval.items import Item
 
 TEMPLATE = Path(__file__).with_name("assets") / "report.html"
 SIDE = 256  # of a drawing, in pixels
@@ -154,7 +154,7 @@ def _items(wanted: Iterable[str]) -> dict[str, Item]:
     """The bundled questions of these ids, which are `split/scene/type`."""
     missing = set(wanted)
     found = {}
-    for split in sorted({key.partition("/")[0] for key in missing} & set(scenes.SPLITS)):
+    for split in sorted({key.partition("/")[0] for key in missing} & set(content.SPLITS)):
         last = max(_number(key) for key in missing if key.startswith(f"{split}/"))
         for item in scenes.questions(split):
             if item.index > last:

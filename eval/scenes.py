@@ -5,63 +5,26 @@ digits and three-letter words, each in one of eight colours. Things cover about 
 questions can be answered from few visual tokens, but only from the right ones. Everything is a pure function of
 (split, seed).
 
-The splits share the vocabulary (shapes, colours, words, typefaces) and nothing else: the images of digits, the
-background textures, the photographs and the seeds of `train`, `val` and `test` are disjoint.
-
-The real content (digits, rendered words, photographs) comes from `assets/scenes.npz`; `assets/LICENSES.md` names its
-sources and `training/make_assets.py` in the repository builds it.
+The splits share the vocabulary and nothing else: their seeds are disjoint, and so is their content (`content.py`).
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import io
-import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 180, 60),
-    "blue": (50, 80, 230),
-    "yellow": (235, 220, 50),
-    "purple": (150, 50, 190),
-    "orange": (245, 140, 30),
-    "cyan": (50, 210, 220),
-    "pink": (250, 130, 190),
-}
-PLURALS = {
-    "circle": "circles",
-    "square": "squares",
-    "triangle": "triangles",
-    "star": "stars",
-    "cross": "crosses",
-    "heart": "hearts",
-    "diamond": "diamonds",
-    "ring": "rings",
-}
-SHAPES = tuple(PLURALS)
-DIGITS = tuple("0123456789")
-WORDS = ("cat", "dog", "sun", "car", "tea", "map", "box", "key", "hat", "cup", "bus", "egg", "fox", "jam", "owl", "pen")
+from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, SPLITS, TEXTURES, WORDS, opacity, photos, texture
+from vtc.eval.items import Item, Question, balanced
+
 SIDES = ("left of", "right of", "above", "below")
 QUESTION_TYPES = ("digit", "colour", "shape", "where", "word", "count", "exist", "relation")
-SPLITS = ("train", "val", "test")
-
-SHAPE_SIZES = range(15, 30)  # pixels
-DIGIT_SIZES = range(17, 30)
-WORD_SIZES = range(13, 20)  # nominal height of the typeface
-TYPEFACES = 3
 MAX_COUNT = 4
-TEXTURES = {"train": 400, "val": 80, "test": 80}
 PHOTO_SHARE = 0.2  # of the backgrounds
-DIGIT_SLICES = {"train": slice(0, 1300), "val": slice(1300, 1450), "test": slice(1450, None)}
 EVAL_SCENES = 500  # scenes behind `questions(split)`
 QUESTIONS_PER_SCENE = 5
 
@@ -82,15 +45,6 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question with its only right answer, which is one word."""
-
-    type: str  # one of QUESTION_TYPES
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class Scene:
     """A picture, what is in it, and what can be asked about it."""
 
@@ -103,128 +57,6 @@ class Scene:
     def pil(self) -> Image.Image:
         """The picture as a PIL image."""
         return Image.fromarray(self.image)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One line of an evaluation set."""
-
-    image: Image.Image
-    question: str
-    answer: str
-    type: str
-    index: int  # of the scene: items with the same index share their picture
-    scene: Scene = field(repr=False)
-
-
-# ------------------------------------------------------------------------------------------------------------- content
-
-
-@functools.cache
-def _assets() -> dict[str, np.ndarray]:
-    with np.load(Path(__file__).parent / "assets" / "scenes.npz") as stored:
-        return dict(stored)
-
-
-@functools.cache
-def _digits(split: str) -> tuple[tuple[np.ndarray, ...], ...]:
-    """Per class 0-9, the images (8, 8) of a split, float32 in [0, 1]."""
-    images, labels = (_assets()[name][DIGIT_SLICES[split]] for name in ("digits", "digit_labels"))
-    return tuple(tuple(images[labels == k].astype(np.float32) / 16) for k in range(10))
-
-
-@functools.cache
-def _word_mask(word: int, typeface: int, size: int) -> np.ndarray:
-    """Opacity (h, w) of a rendered word, float32 in [0, 1]; the three arguments are indices."""
-    assets = _assets()
-    shapes = assets["word_shapes"].astype(np.int64)  # (words, typefaces, sizes, 2)
-    ends = shapes.prod(-1).ravel().cumsum().reshape(shapes.shape[:3])
-    height, width = shapes[word, typeface, size]
-    end = ends[word, typeface, size]
-    return assets["word_pixels"][end - height * width : end].reshape(height, width).astype(np.float32) / 255
-
-
-@functools.cache
-def _photos(split: str) -> tuple[np.ndarray, ...]:
-    """Photographs of a split, (h, w, 3) float32 in 0-255, made paler so that the coloured things stay readable."""
-    photos = []
-    for name in sorted(name for name in _assets() if name.startswith(f"photo_{split}_")):
-        photo = np.asarray(Image.open(io.BytesIO(_assets()[name].tobytes())).convert("RGB"), np.float32)
-        grey = photo.mean(-1, keepdims=True)
-        photo = grey + 0.45 * (photo - grey)
-        mean = photo.mean()
-        photos.append(min(max(mean, 75.0), 175.0) + 0.6 * (photo - mean))
-    return tuple(photos)
-
-
-@functools.cache
-def _texture(split: str, index: int, side: int) -> np.ndarray:
-    """Coloured noise in several octaves with dull strokes and blobs on it, (side, side, 3) uint8."""
-    # RandomState, because NumPy guarantees its streams for good; those of Generator may change with a release.
-    rng = np.random.RandomState([SPLITS.index(split), index])
-    base = rng.uniform(60, 190, 3)
-    out = np.zeros((side, side, 3), np.float32) + base.mean() + 0.5 * (base - base.mean())
-    for cells in (3, 6, 12, 24, 48, 96):
-        noise = rng.normal(0, 1, (cells, cells, 1)) * rng.uniform(6, 20) * np.ones(3)
-        noise = (noise + rng.normal(0, 1, (cells, cells, 3)) * rng.uniform(1, 7)).astype(np.float32)
-        smooth = [
-            np.asarray(Image.fromarray(noise[..., c]).resize((side, side), Image.Resampling.BICUBIC)) for c in range(3)
-        ]
-        out += np.stack(smooth, -1) * (1.3 if cells < 20 else 0.7)
-    image = Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(6, 22)):
-        grey = rng.uniform(40, 210)
-        colour = tuple(int(v) for v in np.clip(grey + rng.normal(0, 12, 3), 0, 255))
-        x, y = (int(v) for v in rng.randint(0, side, 2))
-        length, angle = int(rng.randint(3, 24)), rng.uniform(0, 2 * math.pi)
-        if rng.uniform() < 0.6:
-            tip = (x + length * math.cos(angle), y + length * math.sin(angle))
-            draw.line((x, y, *tip), fill=colour, width=int(rng.randint(1, 4)))
-        else:
-            radius = length / 5
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    return np.asarray(image)
-
-
-@functools.cache
-def _shape_mask(name: str, size: int) -> np.ndarray:
-    """Opacity (size, size) of a shape, float32 in [0, 1], drawn four times as large and scaled down."""
-    side = size * 4
-    image = Image.new("L", (side, side), 0)
-    draw = ImageDraw.Draw(image)
-    low, high = 2, side - 3
-    if name == "circle":
-        draw.ellipse((low, low, high, high), fill=255)
-    elif name == "ring":
-        hole = side * 0.27
-        draw.ellipse((low, low, high, high), fill=255)
-        draw.ellipse((hole, hole, side - 1 - hole, side - 1 - hole), fill=0)
-    elif name == "square":
-        margin = side * 0.08
-        draw.rectangle((margin, margin, side - 1 - margin, side - 1 - margin), fill=255)
-    elif name == "triangle":
-        draw.polygon([(side / 2, low), (high, high), (low, high)], fill=255)
-    elif name == "diamond":
-        draw.polygon([(side / 2, low), (side * 0.82, side / 2), (side / 2, high), (side * 0.18, side / 2)], fill=255)
-    elif name == "cross":
-        arm = side * 0.32
-        draw.rectangle((arm, low, side - 1 - arm, high), fill=255)
-        draw.rectangle((low, arm, high, side - 1 - arm), fill=255)
-    elif name == "star":
-        corners = []
-        for i in range(10):
-            radius, angle = side / 2 * (1 if i % 2 == 0 else 0.42), i * math.pi / 5 - math.pi / 2
-            corners.append((side / 2 + radius * math.cos(angle), side / 2 + radius * math.sin(angle)))
-        draw.polygon(corners, fill=255)
-    elif name == "heart":
-        lobe, top = side * 0.54, side * 0.08
-        draw.ellipse((low, top, low + lobe, top + lobe), fill=255)
-        draw.ellipse((high - lobe, top, high, top + lobe), fill=255)
-        draw.polygon([(side * 0.04, side * 0.44), (side * 0.96, side * 0.44), (side / 2, high)], fill=255)
-    else:
-        raise ValueError(f"unknown shape {name!r}; one of {', '.join(SHAPES)}")
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
 
 
 # -------------------------------------------------------------------------------------------------------------- scenes
@@ -282,9 +114,9 @@ class Scenes:
         """(canvas, canvas, 3) float32."""
         size = self.canvas
         if rng.random() < PHOTO_SHARE:
-            source = rng.choice(_photos(self.split))
+            source = rng.choice(photos(self.split))
         else:
-            source = _texture(self.split, rng.randrange(TEXTURES[self.split]), size * 3 // 2)
+            source = texture(self.split, rng.randrange(TEXTURES[self.split]), size * 3 // 2)
         top, left = rng.randint(0, source.shape[0] - size), rng.randint(0, source.shape[1] - size)
         crop = source[top : top + size, left : left + size]
         if rng.random() < 0.5:
@@ -294,18 +126,6 @@ class Scenes:
         if rng.random() < 0.5:
             crop = crop.transpose(1, 0, 2)
         return crop.astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
-
-    def _opacity(self, rng: random.Random, kind: str, name: str) -> np.ndarray:
-        """The form of one thing, (h, w) float32 in [0, 1]."""
-        if kind == "shape":
-            return _shape_mask(name, rng.choice(SHAPE_SIZES))
-        if kind == "word":
-            return _word_mask(WORDS.index(name), rng.randrange(TYPEFACES), rng.randrange(len(WORD_SIZES)))
-        size = rng.choice(DIGIT_SIZES)
-        digit = Image.fromarray(rng.choice(_digits(self.split)[int(name)])).resize(
-            (size, size), Image.Resampling.BICUBIC
-        )
-        return np.clip(np.asarray(digit) * 1.25 - 0.1, 0, 1)
 
     def _place(
         self, rng: random.Random, plan: list[tuple[str, str]], image: np.ndarray
@@ -317,8 +137,8 @@ class Scenes:
         things: list[Thing] = []
         coverage = np.zeros((self.canvas, self.canvas), np.int16)
         for kind, name in plan:
-            opacity = self._opacity(rng, kind, name)
-            height, width = opacity.shape
+            mask = opacity(rng, self.split, kind, name)
+            height, width = mask.shape
             for _ in range(60):
                 left, top = rng.randint(0, self.canvas - width), rng.randint(0, self.canvas - height)
                 box = (left, top, left + width, top + height)
@@ -330,9 +150,9 @@ class Scenes:
             tint = np.clip(np.array(COLOURS[colour]) + [rng.uniform(-16, 16) for _ in range(3)], 0, 255)
             rows, columns = slice(box[1], box[3]), slice(box[0], box[2])
             under = image[rows, columns] * (0.35 if kind == "word" else 1.0)  # words stand on a darkened plate
-            image[rows, columns] = under + opacity[..., None] * (tint.astype(np.float32) - under)
+            image[rows, columns] = under + mask[..., None] * (tint.astype(np.float32) - under)
             things.append(Thing(kind, name, colour, box))
-            coverage[rows, columns][(opacity > 0.4) | (kind == "word")] = len(things)
+            coverage[rows, columns][(mask > 0.4) | (kind == "word")] = len(things)
         return things, coverage
 
     def _owner(self, things: list[Thing], coverage: np.ndarray) -> np.ndarray:
@@ -422,37 +242,6 @@ def questions(split: str = "test", limit: int | None = None) -> Iterator[Item]:
     first `limit` of the whole set; 500 of them cover about 100 scenes.
     """
     scenes = Scenes(split)
-    types: Counter[str] = Counter()
-    answers: Counter[tuple[str, str]] = Counter()
-    made = 0
-    for index in range(EVAL_SCENES):
-        # The seeds of training start at 0 and end far below a billion.
-        scene = scenes[1_000_000_000 + index]
-        image = scene.pil
-        ranked = sorted(scene.questions, key=lambda q: (types[q.type], answers[q.type, q.answer]))
-        best = {question.type: question for question in reversed(ranked)}
-        for question in sorted(best.values(), key=lambda q: types[q.type])[:QUESTIONS_PER_SCENE]:
-            if made == limit:
-                return
-            types[question.type] += 1
-            answers[question.type, question.answer] += 1
-            made += 1
-            yield Item(image, question.text, question.answer, question.type, index, scene)
-
-
-def digest(items: Iterable[Item]) -> str:
-    """SHA-256 over the pictures, questions and answers, in order: two equal digests mean the same evaluation."""
-    total = hashlib.sha256()
-    for item in items:
-        total.update(item.scene.image.tobytes())
-        total.update(f"{item.index}\t{item.type}\t{item.question}\t{item.answer}\n".encode())
-    return total.hexdigest()
-
-
-def majority(items: Iterable[Item]) -> float:
-    """Accuracy of the best answer that looks at the question's type only: what can be had without the picture."""
-    answers: dict[str, Counter[str]] = {}
-    for item in items:
-        answers.setdefault(item.type, Counter())[item.answer] += 1
-    total = sum(sum(counts.values()) for counts in answers.values())
-    return sum(max(counts.values()) for counts in answers.values()) / max(1, total)
+    # The seeds of training start at 0 and end far below a billion.
+    drawn = ((index, scenes[1_000_000_000 + index]) for index in range(EVAL_SCENES))
+    return balanced(((index, scene, (scene.pil,)) for index, scene in drawn), QUESTIONS_PER_SCENE, limit)

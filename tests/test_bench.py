@@ -18,6 +18,7 @@ from checkpoints import TOKENS, save_llava
 from vtc import adapters, zoo
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.eval import accuracy, bench, flops, latency, plot, scenes, table
+from vtc.eval.items import Item
 
 LIMIT = 24
 
@@ -33,7 +34,7 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def items() -> list[scenes.Item]:
+def items() -> list[Item]:
     return list(scenes.questions("test", LIMIT))
 
 
@@ -75,7 +76,7 @@ def test_normalise_keeps_what_differs(text: str) -> None:
     assert accuracy.normalise(text) != "top-left"
 
 
-def test_batches_hold_every_question_once_without_padding(loaded: Any, items: list[scenes.Item]) -> None:
+def test_batches_hold_every_question_once_without_padding(loaded: Any, items: list[Item]) -> None:
     batches = accuracy.batches(loaded[1], items, 5)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(LIMIT))
     assert max(len(batch.rows) for batch in batches) == 5
@@ -84,7 +85,7 @@ def test_batches_hold_every_question_once_without_padding(loaded: Any, items: li
         assert len(batch.inputs["pixel_values"]) == len(batch.rows)
 
 
-def test_answers_do_not_depend_on_batches(loaded: Any, items: list[scenes.Item]) -> None:
+def test_answers_do_not_depend_on_batches(loaded: Any, items: list[Item]) -> None:
     one, many = (accuracy.answer(*loaded, accuracy.batches(loaded[1], items, size), 3) for size in (1, 16))
     assert one == many
     assert len(set(one)) > 3, "the model must not say the same to everything, or this test says nothing"
@@ -92,7 +93,7 @@ def test_answers_do_not_depend_on_batches(loaded: Any, items: list[scenes.Item])
 
 @pytest.mark.parametrize("spec", [None, "fastervlm:keep=3", "pool:keep=4"])
 def test_encoding_a_picture_once_changes_no_answer(
-    spec: str | None, loaded: Any, items: list[scenes.Item], monkeypatch: pytest.MonkeyPatch
+    spec: str | None, loaded: Any, items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = loaded
     batches = accuracy.batches(processor, items, 16)
@@ -111,7 +112,7 @@ def test_encoding_a_picture_once_changes_no_answer(
         assert count == sum(len(set(batch.pictures)) for batch in batches) < LIMIT
 
 
-def test_blind_prompts_have_no_visual_token(loaded: Any, items: list[scenes.Item]) -> None:
+def test_blind_prompts_have_no_visual_token(loaded: Any, items: list[Item]) -> None:
     adapter = adapters.find(loaded[0])
     for blind, count in ((False, TOKENS), (True, 0)):
         for batch in accuracy.batches(loaded[1], items, 8, blind=blind):
@@ -119,13 +120,13 @@ def test_blind_prompts_have_no_visual_token(loaded: Any, items: list[scenes.Item
             assert set(adapter.placeholders(batch.inputs["input_ids"], None)["image"].sum(1).tolist()) == {count}
 
 
-def test_enough_tokens_for_the_longest_answer(loaded: Any, items: list[scenes.Item]) -> None:
+def test_enough_tokens_for_the_longest_answer(loaded: Any, items: list[Item]) -> None:
     assert accuracy.longest_answer(loaded[1], items) == 2  # one word and the end
     longer = replace(items[0], answer="red square left of the circle")
     assert accuracy.longest_answer(loaded[1], [longer]) == 7
 
 
-def test_scores_by_type_add_up(items: list[scenes.Item]) -> None:
+def test_scores_by_type_add_up(items: list[Item]) -> None:
     answers = [item.answer.upper() if i % 3 else "wrong" for i, item in enumerate(items)]
     total, types = accuracy.score(answers, items)
     assert (total.right, total.n) == (LIMIT - 8, LIMIT)
@@ -139,9 +140,7 @@ def test_agreement_counts_equal_answers_right_or_wrong() -> None:
     assert accuracy.agreement(["a", "b", "c", ""], ["a", "x", "c", ""]) == 0.75
 
 
-def test_an_exception_is_not_an_empty_answer(
-    loaded: Any, items: list[scenes.Item], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_is_not_an_empty_answer(loaded: Any, items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = loaded
 
     def broken(**inputs: Any) -> None:
@@ -156,11 +155,11 @@ def test_an_exception_is_not_an_empty_answer(
 # ----------------------------------------------------------------------------------------------------------- latency
 
 
-def first(loaded: Any, items: list[scenes.Item]) -> dict[str, torch.Tensor]:
+def first(loaded: Any, items: list[Item]) -> dict[str, torch.Tensor]:
     return accuracy.process(loaded[1], [items[0].question], [items[0].image])
 
 
-def test_run_sees_the_true_lengths(loaded: Any, items: list[scenes.Item]) -> None:
+def test_run_sees_the_true_lengths(loaded: Any, items: list[Item]) -> None:
     model, inputs = loaded[0], first(loaded, items)
     length = inputs["input_ids"].shape[1]
     text = model.config.text_config
@@ -172,7 +171,7 @@ def test_run_sees_the_true_lengths(loaded: Any, items: list[scenes.Item]) -> Non
         assert run.images == 1
 
 
-def test_parts_are_measured_and_hooks_removed(loaded: Any, items: list[scenes.Item]) -> None:
+def test_parts_are_measured_and_hooks_removed(loaded: Any, items: list[Item]) -> None:
     model = loaded[0]
     before = hooks(model)
     with vtc.compress(model, "divprune:keep=3"):
@@ -191,7 +190,7 @@ def test_hooks_are_removed_after_an_error(loaded: Any) -> None:
     assert hooks(loaded[0]) == before
 
 
-def test_decoding_with_the_cache_is_greedy_generation(loaded: Any, items: list[scenes.Item]) -> None:
+def test_decoding_with_the_cache_is_greedy_generation(loaded: Any, items: list[Item]) -> None:
     """What is timed is the work that `generate` does: same tokens, compressed or not."""
     model, inputs = loaded[0], first(loaded, items)
     told: list[int] = []

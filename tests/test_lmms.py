@@ -33,6 +33,7 @@ from vtc import cli, zoo
 from vtc.errors import VtcError
 from vtc.eval import accuracy, flops, scenes
 from vtc.eval.bench import Options
+from vtc.eval.items import Item
 from vtc.eval.lmms import answering, clips, export, record, run
 from vtc.eval.lmms.answering import Answerer, Prompt, Question, make_answerer
 from vtc.eval.lmms.record import Failed, Record
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def items() -> list[scenes.Item]:
+def items() -> list[Item]:
     return list(scenes.questions("test", 7))
 
 
@@ -59,7 +60,7 @@ def ask(number: int, pictures: list[Any], text: str, **generation: Any) -> Quest
 
 
 @pytest.fixture(scope="module")
-def mixed(items: list[scenes.Item]) -> list[Question]:
+def mixed(items: list[Item]) -> list[Question]:
     """Prompts of several lengths with no picture, one and two, of which some ask for shorter answers."""
     images = [item.image for item in items]
     return [
@@ -102,12 +103,12 @@ def test_costs_are_those_of_the_row(spec: str, left: tuple[int, int], folder: Pa
 
 
 @pytest.mark.parametrize("spec", ["none", "uniform:keep=4", "pool:keep=4,positions=contiguous"])
-def test_likelihoods_of_given_answers(spec: str, folder: Path, items: list[scenes.Item]) -> None:
+def test_likelihoods_of_given_answers(spec: str, folder: Path, items: list[Item]) -> None:
     rows = judged(folder, spec, items)
     assert {row["visual_tokens_out"] for row in rows} == {16 if spec == "none" else 4}
 
 
-def judged(folder: Path, spec: str, items: list[scenes.Item]) -> list[dict[str, Any]]:
+def judged(folder: Path, spec: str, items: list[Item]) -> list[dict[str, Any]]:
     """Rows of given answers, compared with one forward pass over prompt and answer, without a cache."""
     answerer = make_answerer(Options(model=str(folder), batch_size=4), spec)
     model, tokenizer = answerer.model, answerer.processor.tokenizer
@@ -170,7 +171,7 @@ def test_what_tasks_ask_of_generate() -> None:
     assert answering.cut("red", []) == "red"
 
 
-def test_prompts_without_a_template_are_those_of_the_bench(items: list[scenes.Item]) -> None:
+def test_prompts_without_a_template_are_those_of_the_bench(items: list[Item]) -> None:
     class Processor:
         chat_template = None
         image_token = "<image>"
@@ -264,7 +265,7 @@ def test_a_broken_line_is_named(line: str, tmp_path: Path) -> None:
         Record(tmp_path)
 
 
-def test_another_question_under_the_same_number_is_refused(tmp_path: Path, items: list[scenes.Item]) -> None:
+def test_another_question_under_the_same_number_is_refused(tmp_path: Path, items: list[Item]) -> None:
     first, second = ask(0, [], "What digit is red?"), ask(0, [], "What digit is blue?")
     kept = Record(tmp_path)
     kept.add([row(0, digest=first.digest)])
@@ -318,7 +319,7 @@ def film_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("spec", ["none", "uniform:keep=4", "uniform:keep=6+fastv:keep=3,layer=1"])
-def test_batches_with_clips_answer_like_single_questions(spec: str, film_model: Path, items: list[scenes.Item]) -> None:
+def test_batches_with_clips_answer_like_single_questions(spec: str, film_model: Path, items: list[Item]) -> None:
     images = [item.image for item in items]
     noise = np.random.default_rng(0)
     asked = []
@@ -412,7 +413,7 @@ def test_scenes_score_as_in_the_bench(
     assert {"device", "dtype", "attention", "versions", "settings"} <= set(results)
 
 
-def bench_accuracy(spec: str, asked: list[scenes.Item]) -> tuple[list[str], float]:
+def bench_accuracy(spec: str, asked: list[Item]) -> tuple[list[str], float]:
     """Answers and accuracy of the bundled model by the way of `vtc bench`."""
     model, processor = zoo.load("tiny-llava")
     with vtc.compress(model, spec):
@@ -571,7 +572,7 @@ def test_any_other_torchvision_is_left_alone(content: str, tmp_path: Path) -> No
 # ---------------------------------------------------------------------------------------------------- the exported task
 
 
-def test_the_exported_task_asks_the_bundled_questions(tmp_path: Path, items: list[scenes.Item]) -> None:
+def test_the_exported_task_asks_the_bundled_questions(tmp_path: Path, items: list[Item]) -> None:
     export.export(tmp_path, len(items))
     documents = lines_of(tmp_path / "test.jsonl")
     for document, item in zip(documents, items, strict=True):
@@ -740,7 +741,7 @@ def test_two_processes_answer_like_one(name: str, task: Path, tmp_path: Path, ou
 
 
 @pytest.mark.parametrize("spec", ["none", "uniform:keep=4"])
-def test_likelihoods_on_other_families(spec: str, film_model: Path, items: list[scenes.Item]) -> None:
+def test_likelihoods_on_other_families(spec: str, film_model: Path, items: list[Item]) -> None:
     judged(film_model, spec, items)
 
 

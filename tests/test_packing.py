@@ -10,6 +10,8 @@ import torch
 from training import packing, text, tiny_llava
 from vtc.eval.scenes import Scenes
 
+encode = text.LLAVA.encode
+
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
@@ -45,8 +47,12 @@ def test_packed_equals_alone(model: torch.nn.Module, kept: int) -> None:
         embed = model.model.language_model.embed_tokens
         for b, scene in enumerate(scenes):
             for k, question in enumerate(scene.questions[:6]):
-                ids = [*text.encode(question.text), *text.encode(text.ASSISTANT), *text.encode(question.answer)]
-                before = torch.tensor([*text.encode(text.BOS), *text.encode(text.USER)])
+                ids = [
+                    *encode(question.text),
+                    *encode(text.ASSISTANT),
+                    *encode(question.answer),
+                ]
+                before = torch.tensor([*encode(text.BOS), *encode(text.USER)])
                 row = torch.cat([embed(before), features[b, tokens[b]], embed(torch.tensor(ids))])[None]
                 positions = torch.cat([torch.arange(2), tokens[b] + 2, torch.arange(len(ids)) + 258])[None]
                 mask = torch.ones(row.shape[:2], dtype=torch.long)  # else gaps in the positions mean packed sequences
@@ -62,9 +68,9 @@ def test_labels_stand_where_the_answer_is_predicted() -> None:
     packed = packing.pack([scene.questions[:2]], 3)
     labels = packed.labels.view(3, packing.SLOT)
     ids = packed.ids.view(3, packing.SLOT)
-    (assistant,), (eos,) = text.encode(text.ASSISTANT), text.encode(text.EOS)
+    (assistant,), (eos,) = encode(text.ASSISTANT), encode(text.EOS)
     for k, question in enumerate(scene.questions[:2]):
-        (answer,) = text.encode(question.answer)
+        (answer,) = encode(question.answer)
         (at,) = (ids[k] == assistant).nonzero().flatten().tolist()
         assert labels[k, at : at + 2].tolist() == [answer, eos] and ids[k, at + 1] == answer
         assert (labels[k] != packing.IGNORE).sum() == 2

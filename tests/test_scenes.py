@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import vtc
-from vtc.eval import scenes
+from vtc.eval import content, scenes
+from vtc.eval.items import Item, digest, majority
 
 ZOO = Path(vtc.__path__[0]) / "zoo" / "tiny-llava"
 
 
 @pytest.fixture(scope="module")
-def items() -> list[scenes.Item]:
+def items() -> list[Item]:
     return list(scenes.questions("test"))
 
 
@@ -29,24 +30,24 @@ def test_same_seed_same_scene() -> None:
     assert (one.image != scenes.Scenes("val")[11].image).any()
 
 
-def test_digest_is_the_same_in_another_process_and_sees_every_part(items: list[scenes.Item]) -> None:
-    code = "from vtc.eval import scenes; print(scenes.digest(scenes.questions('test', 40)))"
+def test_digest_is_the_same_in_another_process_and_sees_every_part(items: list[Item]) -> None:
+    code = "from vtc.eval import items, scenes; print(items.digest(scenes.questions('test', 40)))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert other == scenes.digest(items[:40])
-    assert len({scenes.digest(part) for part in (items[:40], items[:39], items[1:41], items[39::-1])}) == 4
+    assert other == digest(items[:40])
+    assert len({digest(part) for part in (items[:40], items[:39], items[1:41], items[39::-1])}) == 4
 
 
 def test_splits_share_no_content() -> None:
-    splits = [scenes.DIGIT_SLICES[split] for split in scenes.SPLITS]
+    splits = [content.DIGIT_SLICES[split] for split in content.SPLITS]
     rows = [set(range(1797)[part]) for part in splits]
-    assert sum(map(len, rows)) == len(set.union(*rows)) == len(scenes._assets()["digits"])
-    pictures = [photo.tobytes() for split in scenes.SPLITS for photo in scenes._photos(split)]
+    assert sum(map(len, rows)) == len(set.union(*rows)) == len(content._assets()["digits"])
+    pictures = [photo.tobytes() for split in content.SPLITS for photo in content.photos(split)]
     assert len(set(pictures)) == len(pictures) >= 8
-    textures = {scenes._texture(split, index, 64).tobytes() for split in scenes.SPLITS for index in range(20)}
+    textures = {content.texture(split, index, 64).tobytes() for split in content.SPLITS for index in range(20)}
     assert len(textures) == 60
 
 
-def test_evaluation_set_is_large_interleaved_and_a_prefix_of_itself(items: list[scenes.Item]) -> None:
+def test_evaluation_set_is_large_interleaved_and_a_prefix_of_itself(items: list[Item]) -> None:
     assert len(items) >= 2000
     assert max(Counter(item.index for item in items).values()) <= scenes.QUESTIONS_PER_SCENE
     assert len({item.index for item in items[:500]}) >= 100
@@ -54,22 +55,22 @@ def test_evaluation_set_is_large_interleaved_and_a_prefix_of_itself(items: list[
     assert all(item.image.size == (128, 128) for item in items[:50])
 
 
-def test_types_and_answers_are_balanced(items: list[scenes.Item]) -> None:
+def test_types_and_answers_are_balanced(items: list[Item]) -> None:
     for part, bound in ((items, 0.25), (items[:500], 0.28)):
         types = Counter(item.type for item in part)
         assert set(types) == set(scenes.QUESTION_TYPES)
         assert min(types.values()) > 0.6 * len(part) / len(types)
-        assert scenes.majority(part) <= bound
+        assert majority(part) <= bound
     exist = Counter(item.answer for item in items if item.type == "exist")
     assert abs(exist["yes"] - exist["no"]) <= 0.1 * exist.total()
     counts = Counter(item.answer for item in items if item.type == "count")
     assert set(counts) == set("01234") and max(counts.values()) < 0.3 * counts.total()
 
 
-def test_majority_of_a_known_set(items: list[scenes.Item]) -> None:
+def test_majority_of_a_known_set(items: list[Item]) -> None:
     exist = [item for item in items if item.type == "exist"]
     yes, no = ([item for item in exist if item.answer == answer] for answer in ("yes", "no"))
-    assert scenes.majority(yes[:3] + no[:1]) == 0.75
+    assert majority(yes[:3] + no[:1]) == 0.75
 
 
 def answer(question: str, scene: scenes.Scene) -> str:
@@ -90,7 +91,7 @@ def answer(question: str, scene: scenes.Scene) -> str:
         (found,) = [t for t in scene.things if t.kind == "word"]
         return found.name
     if question.startswith("How many"):
-        return str(sum(scenes.PLURALS[t.name] == words[2] for t in shapes))
+        return str(sum(content.PLURALS[t.name] == words[2] for t in shapes))
     if question.startswith("Is there"):
         return "yes" if any([t.colour, t.name] == words[3:] for t in shapes) else "no"
     (reference,) = [t for t in shapes if t.name == words[-1]]
@@ -99,7 +100,7 @@ def answer(question: str, scene: scenes.Scene) -> str:
     return name
 
 
-def test_every_answer_follows_from_the_things(items: list[scenes.Item]) -> None:
+def test_every_answer_follows_from_the_things(items: list[Item]) -> None:
     for item in items:
         assert answer(item.question, item.scene) == item.answer, item
     for seed in range(200):
@@ -135,10 +136,10 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="train, val, test"):
         scenes.Scenes("validation")
     with pytest.raises(ValueError, match="circle"):
-        scenes._shape_mask("blob", 16)
+        content.shape_mask("blob", 16)
 
 
-def test_the_bundled_tokenizer_knows_every_word(items: list[scenes.Item]) -> None:
+def test_the_bundled_tokenizer_knows_every_word(items: list[Item]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ZOO)

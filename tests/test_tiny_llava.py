@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vtc
 from vtc.eval import accuracy, scenes
+from vtc.eval.items import digest
 
 FOLDER = Path(vtc.__file__).parent / "zoo" / "tiny-llava"
 QUESTIONS = 400  # of the test split; the standard error of a share is at most 2.5 points
@@ -86,5 +87,5 @@ def test_the_folder_is_small_and_safe() -> None:
 
 def test_the_model_card_is_about_these_questions() -> None:
     card = json.loads((FOLDER / "accuracy.json").read_text())
-    assert card["digest"] == scenes.digest(list(scenes.questions("test")))
+    assert card["digest"] == digest(list(scenes.questions("test")))
     assert card["digest"] in (FOLDER / "README.md").read_text()

@@ -21,7 +21,8 @@ from torch.nn import functional
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from training import packing
-from vtc.eval.scenes import QUESTION_TYPES, QUESTIONS_PER_SCENE, Item, Question, Scene, digest, majority, questions
+from vtc.eval.items import Item, Question, digest, majority
+from vtc.eval.scenes import QUESTION_TYPES, QUESTIONS_PER_SCENE, Scene, questions
 
 BUDGETS = (128, 64, 28, 13, 5)  # of 256: 50, 25, 11, 5 and 2 %
 BATCH = 50  # scenes

@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 def processor() -> LlavaProcessor:
     """Resizes any picture to 128 x 128 pixels as a whole, so that nothing is cropped away."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=text.tokenizer(),
+        tokenizer_object=text.LLAVA.tokenizer,
         bos_token=text.BOS,
         eos_token=text.EOS,
         unk_token=text.UNK,

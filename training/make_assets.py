@@ -16,7 +16,7 @@ import skimage.data
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
-from vtc.eval import scenes
+from vtc.eval import content
 
 OUT = Path(__file__).parents[1] / "eval" / "assets" / "scenes.npz"
 TYPEFACES = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
@@ -46,11 +46,11 @@ def word_mask(word: str, typeface: str, size: int) -> np.ndarray:
 
 
 def words() -> dict[str, np.ndarray]:
-    masks = [word_mask(w, t, s) for w in scenes.WORDS for t in TYPEFACES for s in scenes.WORD_SIZES]
+    masks = [word_mask(w, t, s) for w in content.WORDS for t in TYPEFACES for s in content.WORD_SIZES]
     shapes = np.array([mask.shape for mask in masks], np.uint8)
     return {
         "word_pixels": np.concatenate([mask.ravel() for mask in masks]),
-        "word_shapes": shapes.reshape(len(scenes.WORDS), len(TYPEFACES), len(scenes.WORD_SIZES), 2),
+        "word_shapes": shapes.reshape(len(content.WORDS), len(TYPEFACES), len(content.WORD_SIZES), 2),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,8 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from training import text
-from vtc.eval.scenes import QUESTION_TYPES, Question, Scene
+from vtc.eval.items import Question
+from vtc.eval.scenes import QUESTION_TYPES, Scene
 
 SLOT = 10  # tokens of the longest question, `ASSISTANT:` and the answer; EOS is predicted but never read
 PREFIX = 2  # BOS and `USER:`
@@ -39,7 +40,7 @@ class Pack:
 
     ids: torch.Tensor  # (B, K * SLOT)
     labels: torch.Tensor  # (B, K * SLOT): the token to predict at that place, IGNORE elsewhere
-    types: torch.Tensor  # (B, K): index into QUESTION_TYPES, -1 for an unused slot
+    types: torch.Tensor  # (B, K): index into the types of questions, -1 for an unused slot
 
 
 def draw(scene: Scene, slots: int, rng: random.Random) -> list[Question]:
@@ -49,20 +50,25 @@ def draw(scene: Scene, slots: int, rng: random.Random) -> list[Question]:
     return [Question(q.type, text.rephrase(q.text, rng), q.answer) for q in drawn]
 
 
-def pack(rows: Sequence[Sequence[Question]], slots: int) -> Pack:
-    """Encode the questions of each scene; a scene has at most `slots`."""
+def pack(
+    rows: Sequence[Sequence[Question]],
+    slots: int,
+    language: text.Language = text.LLAVA,
+    types: Sequence[str] = QUESTION_TYPES,
+) -> Pack:
+    """Encode the questions of each scene; a scene has at most `slots`, and they are of `types`."""
     ids = torch.zeros(len(rows), slots, SLOT, dtype=torch.long)
     labels = torch.full_like(ids, IGNORE)
-    types = torch.full((len(rows), slots), -1)
-    (assistant,), (eos,) = text.encode(text.ASSISTANT), text.encode(text.EOS)
+    kinds = torch.full((len(rows), slots), -1)
+    (assistant,), (eos,) = language.encode(text.ASSISTANT), language.encode(text.EOS)
     for b, questions in enumerate(rows):
         for k, question in enumerate(questions):
-            prompt, (answer,) = text.encode(question.text), text.encode(question.answer)
+            prompt, (answer,) = language.encode(question.text), language.encode(question.answer)
             n = len(prompt)
             ids[b, k, : n + 2] = torch.tensor([*prompt, assistant, answer])
             labels[b, k, n : n + 2] = torch.tensor([answer, eos])
-            types[b, k] = QUESTION_TYPES.index(question.type)
-    return Pack(ids.flatten(1), labels.flatten(1), types)
+            kinds[b, k] = types.index(question.type)
+    return Pack(ids.flatten(1), labels.flatten(1), kinds)
 
 
 def pixels(scenes: Sequence[Scene]) -> torch.Tensor:
@@ -72,9 +78,8 @@ def pixels(scenes: Sequence[Scene]) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _mask(visual: int, slots: int) -> torch.Tensor:
+def _mask(prefix: int, slots: int) -> torch.Tensor:
     """(1, 1, length, length), True where a row may look at a column."""
-    prefix = PREFIX + visual
     slot = torch.cat([torch.full((prefix,), -1), torch.arange(slots).repeat_interleave(SLOT)])
     seen = (slot[None] == -1) | (slot[None] == slot[:, None])
     return (seen & torch.ones_like(seen).tril())[None, None]
@@ -88,22 +93,49 @@ def hidden(
     `features` (B, N, D) are projected image tokens. `kept` (B, n), ascending, drops all others before the language
     model; the rest keep their positions.
     """
-    batch, total, _ = features.shape
+    total = features.shape[1]
     positions = torch.arange(total)[None]  # (1, N), or (B, N) if every row keeps other tokens
     if kept is not None:
         features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
         positions = kept
-    slots = packed.types.shape[1]
     language = model.model.language_model
-    start = torch.tensor([text.encode(text.BOS) + text.encode(text.USER)]).expand(batch, -1)
+    start = torch.tensor([text.LLAVA.encode(text.BOS) + text.LLAVA.encode(text.USER)]).expand(len(features), -1)
     embed = language.embed_tokens
-    x = torch.cat([embed(start), features.to(embed.weight.dtype), embed(packed.ids)], 1)  # (B, L, D)
-    before, after = torch.arange(PREFIX), torch.arange(SLOT).repeat(slots) + PREFIX + total
-    positions = torch.cat([part.expand(len(positions), -1) for part in (before, positions + PREFIX, after)], 1)
-    mask = _mask(features.shape[1], slots)
+    prefix = torch.cat([embed(start), features.to(embed.weight.dtype)], 1)  # (B, P, D)
+    before = torch.arange(PREFIX).expand(len(positions), -1)
+    return states(language, prefix, torch.cat([before, positions + PREFIX], 1), packed, PREFIX + total)
+
+
+Rotate = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def states(
+    language: torch.nn.Module,
+    prefix: torch.Tensor,
+    positions: torch.Tensor,
+    packed: Pack,
+    first: int | torch.Tensor,
+    rotate: Rotate = apply_rotary_pos_emb,
+) -> torch.Tensor:
+    """Final hidden states of the question slots, (B, K * SLOT, D), behind any prefix that all questions share.
+
+    Args:
+        language: a decoder of transformers, such as `LlamaModel` or `Qwen2Model`.
+        prefix: embeddings of all that comes before the questions, (B, P, D).
+        positions: of the prefix, as the decoder takes them: (B or 1, P), or (3, B, P) for M-RoPE.
+        packed: the questions.
+        first: position of the first token of every question; a tensor is added to the (SLOT) steps of a question and
+            broadcast, so it ends in a dimension of 1.
+        rotate: applies `(cos, sin)` to queries and keys.
+    """
+    slots = packed.types.shape[1]
+    x = torch.cat([prefix, language.embed_tokens(packed.ids)], 1)  # (B, L, D)
+    after = torch.arange(SLOT).repeat(slots) + first
+    positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
+    mask = _mask(prefix.shape[1], slots)
     rotary = language.rotary_emb(x, position_ids=positions)
     for layer in language.layers:
-        x = _layer(layer, x, rotary, mask, PREFIX + features.shape[1], last=layer is language.layers[-1])
+        x = _layer(layer, x, rotary, mask, prefix.shape[1], layer is language.layers[-1], rotate)
     return language.norm(x)
 
 
@@ -114,6 +146,7 @@ def _layer(
     mask: torch.Tensor,
     prefix: int,
     last: bool,
+    rotate: Rotate,
 ) -> torch.Tensor:
     """One decoder layer on (B, L, D). The last one returns the rows after `prefix` only: nobody reads the others.
 
@@ -127,7 +160,7 @@ def _layer(
         return projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float()  # (B, H, L, D / H)
 
     query, key, value = heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)
-    query, key = apply_rotary_pos_emb(query, key, *rotary)
+    query, key = rotate(query, key, *rotary)
     with torch.autocast("cpu", enabled=False):
         image, asked = query.split([prefix, query.shape[2] - prefix], 2)
         mixed = attend(asked, key, value, attn_mask=mask[..., prefix:, :], scale=attention.scaling)

@@ -1,14 +1,16 @@
-"""The tokenizer of the bundled models: about a hundred whole words, lower-cased, punctuation apart."""
+"""The tokenizers of the bundled models: about a hundred whole words each, lower-cased, punctuation apart."""
 
 from __future__ import annotations
 
 import functools
 import random
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from vtc.eval import scenes
+from vtc.eval import content
 
 PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT = SPECIAL = (
     "<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:",
@@ -20,30 +22,47 @@ PHRASES = (
 PLACES = tuple(f"{v}-{h}" for v in ("top", "bottom") for h in ("left", "right"))
 
 
-def vocabulary() -> list[str]:
-    """Every token; the place in the list is its id. Special tokens come first, in the order of SPECIAL."""
-    words = {word for phrase in PHRASES for word in phrase.split()}
-    words.update(scenes.COLOURS, scenes.SHAPES, scenes.PLURALS.values(), scenes.DIGITS, scenes.WORDS, PLACES)
-    return [*SPECIAL, *sorted(words)]
+def words(phrases: Iterable[str], *groups: Iterable[str]) -> tuple[str, ...]:
+    """The words of `phrases` and `groups`, each once, sorted."""
+    return tuple(sorted({word for phrase in phrases for word in phrase.split()}.union(*groups)))
 
 
-@functools.cache
-def tokenizer() -> Tokenizer:
-    """A word-level tokenizer that starts every text with BOS, as the language model expects."""
-    ids = {token: i for i, token in enumerate(vocabulary())}
-    built = Tokenizer(models.WordLevel(ids, unk_token=UNK))
-    built.normalizer = normalizers.Lowercase()
-    # `top-left` is one token, a question mark is one token, white space is none.
-    built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+|[^\w\s]"), behavior="removed", invert=True)
-    built.add_special_tokens(list(SPECIAL))
-    built.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])])
-    return built
+@dataclass(frozen=True, eq=False)
+class Language:
+    """A word-level vocabulary; the place of a token among `special`, then `words`, is its id."""
+
+    special: tuple[str, ...]  # never split and never lower-cased
+    words: tuple[str, ...]
+    start: str | None = BOS  # put in front of every text
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """Token to id."""
+        return {token: i for i, token in enumerate([*self.special, *self.words])}
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, as the processor gets it."""
+        built = Tokenizer(models.WordLevel(self.ids, unk_token=UNK))
+        built.normalizer = normalizers.Lowercase()
+        # `top-left` is one token, a question mark is one token, white space is none.
+        built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+|[^\w\s]"), behavior="removed", invert=True)
+        built.add_special_tokens(list(self.special))
+        if self.start is not None:
+            start = [(self.start, self.ids[self.start])]
+            built.post_processor = processors.TemplateProcessing(single=f"{self.start} $A", special_tokens=start)
+        return built
+
+    @functools.lru_cache(maxsize=10_000)  # noqa: B019  # languages live as long as the process
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a question or an answer, without the start."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-@functools.cache
-def encode(text: str) -> tuple[int, ...]:
-    """Token ids of a question or an answer, without BOS."""
-    return tuple(tokenizer().encode(text, add_special_tokens=False).ids)
+LLAVA = Language(
+    SPECIAL,
+    words(PHRASES, content.COLOURS, content.SHAPES, content.PLURALS.values(), content.DIGITS, content.WORDS, PLACES),
+)
 
 
 def rephrase(text: str, rng: random.Random) -> str:

@@ -40,7 +40,8 @@ from transformers import (
 
 from training import packing, text
 from training.common import FlatGradients, Group, Log, MuonAdamW, launch, save, schedule
-from vtc.eval.scenes import COLOURS, DIGITS, QUESTION_TYPES, SHAPES, WORDS, Scene, Scenes
+from vtc.eval.content import COLOURS, DIGITS, SHAPES, WORDS
+from vtc.eval.scenes import QUESTION_TYPES, Scene, Scenes
 
 TINTS = tuple(COLOURS)
 KINDS = ("background", *SHAPES, *DIGITS, *WORDS)
@@ -101,7 +102,7 @@ AttentionInterface.register("float32", attend_in_float32)
 
 def config() -> LlavaConfig:
     """2.9 M parameters: 1.05 M vision, 1.8 M language."""
-    ids = {token: i for i, token in enumerate(text.vocabulary())}
+    ids = text.LLAVA.ids
     vision = CLIPVisionConfig(
         image_size=128, patch_size=8, hidden_size=128, intermediate_size=512, num_hidden_layers=5,
         num_attention_heads=4, projection_dim=128, hidden_act="gelu",
