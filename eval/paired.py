@@ -15,6 +15,7 @@ from vtc.errors import VtcError
 from vtc.eval.accuracy import wilson
 
 LEVEL = 0.05  # of the test, for all settings together
+CONDITIONS = ("model", "task", "prompt", "n", "device", "dtype", "attention", "threads", "flops_convention")
 
 Row = dict[str, Any]
 Sample = dict[str, Any]
@@ -153,7 +154,7 @@ def compare(
         ),
         _others(first, [one for one, _ in shared]),
         _others(second, [two for _, two in shared]),
-        tuple(_conditions(first[0], second[0])),
+        tuple(conditions_changed(first[0], second[0], CONDITIONS)),
     )
 
 
@@ -188,9 +189,8 @@ def _verdict(pairs: Pairs | None, p: float | None) -> str:
     return "changed: better" if pairs.gained > pairs.lost else "changed: worse"
 
 
-def _conditions(first: Row, second: Row) -> list[str]:
-    """What differs in how the runs were made."""
-    names = ("model", "n", "device", "dtype", "attention", "threads", "flops_convention")
+def conditions_changed(first: Row, second: Row, names: Sequence[str]) -> list[str]:
+    """What differs in how two runs were made: these names, and the versions."""
     pairs = [(name, first.get(name), second.get(name)) for name in names]
     versions = dict.fromkeys([*first["versions"], *second["versions"]])
     pairs += [(name, first["versions"].get(name), second["versions"].get(name)) for name in versions]

@@ -1,4 +1,7 @@
-"""What `vtc report` does: the rows of a run, or the comparison of two, as Markdown, CSV, LaTeX or one HTML page."""
+"""What `vtc report` does: a run, or the comparison of two, as Markdown, CSV, LaTeX or one HTML page.
+
+A run is what `vtc bench` left (rows, and answers beside them) or `vtc eval` (see `vtc.eval.evaluated`).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vtc.errors import VtcError
-from vtc.eval import lines
+from vtc.eval import evaluated, groups, lines
+from vtc.eval.evaluated import Evaluated
 from vtc.eval.flops import human
 from vtc.eval.paired import LEVEL, Change, Comparison, compare
-from vtc.eval.table import Table, conditions, latex, render, tables, without_gaps
+from vtc.eval.table import Table, conditions, latex, remarks_of, render, tables, without_gaps
 
 Row = dict[str, Any]
 Sample = dict[str, Any]
@@ -46,6 +50,10 @@ class Run:
     rows: list[Row]
     samples: dict[str, dict[str, Sample]]  # per spec, by id; empty for a run without samples
 
+    def tables(self) -> list[Table]:
+        """Everything that can be told of it."""
+        return [*tables(self.rows), *groups.tables(self.rows, self.samples)]
+
 
 def load(path: Path) -> Run:
     """Read a folder that `vtc bench` wrote, or a file of rows.
@@ -56,7 +64,7 @@ def load(path: Path) -> Run:
         VtcError: there is no such file, or a line is cut off, lacks what a row has, or repeats another.
     """
     if path.is_dir() and not (path / "rows.jsonl").exists():
-        raise VtcError(f"{path} has no rows.jsonl; give a folder that vtc bench wrote, or a file of rows")
+        raise VtcError(f"{path} has no rows.jsonl; give a folder that vtc bench or vtc eval wrote, or a file of rows")
     file = path / "rows.jsonl" if path.is_dir() else path
     beside = "samples.jsonl" if file.name == "rows.jsonl" else f"{file.stem}.samples.jsonl"
     rows = _rows(file)
@@ -78,23 +86,59 @@ def report(paths: Sequence[Path], form: str, *, drawings: int = 12) -> str:
         raise VtcError(f"--format is '{form}'; use one of {', '.join(FORMATS)}")
     if drawings < 0:
         raise VtcError(f"--samples is {drawings}; use 0 or more")
-    runs = [load(path) for path in paths]
-    comparison = None
-    if len(runs) == 2:
-        comparison = compare(runs[0].rows, runs[1].rows, runs[0].samples, runs[1].samples)
-    if form == "html":
-        from vtc.eval.page import page
+    kinds = [evaluated.found_in(path) is not None for path in paths]
+    if all(kinds):
+        return _report_evaluated([evaluated.load(path) for path in paths], form)
+    if any(kinds):
+        raise VtcError(f"{paths[kinds.index(True)]} is from vtc eval and the other from vtc bench: give two of a kind")
+    return _report_runs([load(path) for path in paths], form, drawings)
 
-        return page(runs, comparison, drawings)
-    if comparison is None:
-        return {"md": render, "csv": as_csv, "latex": as_latex}[form](runs[0].rows)
+
+def _report_runs(runs: Sequence[Run], form: str, drawings: int) -> str:
+    """Of `vtc bench`."""
+    first, last = runs[0], runs[-1]
+    comparison = compare(first.rows, last.rows, first.samples, last.samples) if len(runs) == 2 else None
+    found = comparison_table(comparison) if comparison else None
+    remarks = remarks_on(comparison, first.name, last.name) if comparison else []
+    if form == "html":
+        from vtc.eval.page import page, section
+
+        return page([section(run, drawings) for run in runs], found, remarks)
+    if comparison is None or found is None:
+        return {"md": markdown, "csv": as_csv, "latex": as_latex}[form](first)
     if form == "csv":
         return _csv([_flat_change(change) for change in comparison.changes])
-    found = comparison_table(comparison)
+    return _comparison(first.name, last.name, found, remarks, form)
+
+
+def _report_evaluated(runs: Sequence[Evaluated], form: str) -> str:
+    """Of `vtc eval`."""
+    first, last = runs[0], runs[-1]
+    changes = evaluated.compare(first, last) if len(runs) == 2 else []
+    found = evaluated.comparison_table(first, last, changes) if changes else None
+    remarks = evaluated.remarks_on(first, last, changes) if changes else []
+    if form == "html":
+        from vtc.eval.page import page, plain_section
+
+        sections = [
+            plain_section(run.name, run.results["model"], run.conditions, evaluated.tables(run)) for run in runs
+        ]
+        return page(sections, found, remarks)
+    if form == "csv":
+        return _csv(evaluated.flat_changes(changes) if changes else evaluated.flat(first))
+    if found is not None:
+        return _comparison(first.name, last.name, found, remarks, form)
+    if form == "md":
+        return evaluated.markdown(first)
+    head = f"% {latex(first.results['model'])}: {latex(first.conditions)}\n"
+    return "\n".join([BOOKTABS + head, *(table.latex() for table in evaluated.tables(first))])
+
+
+def _comparison(first: str, last: str, found: Table, remarks: Sequence[str], form: str) -> str:
     if form == "latex":
         return BOOKTABS + found.latex()
-    remarks = "".join(f"- {line}\n" for line in remarks_on(comparison, runs[0].name, runs[1].name))
-    return f"# {runs[0].name} → {runs[1].name}\n\n{remarks}\n{found.markdown()}"
+    told = "".join(f"- {line}\n" for line in remarks)
+    return f"# {first} → {last}\n\n{told}\n{found.markdown()}"
 
 
 def choose(form: str | None, out: Path | None) -> str:
@@ -114,7 +158,8 @@ def write(text: str, out: Path, runs: Sequence[Path]) -> None:
     Raises:
         VtcError: the place is a folder, a result, or cannot be written to.
     """
-    results = {run.resolve() for run in runs} | {(run / "rows.jsonl").resolve() for run in runs}
+    files = ("", "rows.jsonl", "samples.jsonl", "results.json", "documents.jsonl")
+    results = {(run / name).resolve() for run in runs for name in files}
     if out.resolve() in results and not out.is_dir():
         raise VtcError(f"--out {out} is what the report is made from; give another file")
     try:
@@ -166,15 +211,22 @@ def _samples(path: Path, specs: set[str]) -> dict[str, dict[str, Sample]]:
 BOOKTABS = "% needs \\usepackage{booktabs}\n"
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def markdown(run: Run) -> str:
+    """All tables, and above them how they came about."""
+    return render(run.rows, groups.tables(run.rows, run.samples))
+
+
+def as_csv(run: Run) -> str:
     """One line per row, every number in a column of its own: `by_type` becomes `by_type.digit.accuracy`, ..."""
-    return _csv([_flat(row) for row in rows])
+    more = groups.columns(run.rows, run.samples)
+    return _csv([{**_flat(row), **more.get(row["spec"], {})} for row in run.rows])
 
 
-def as_latex(rows: Sequence[Row]) -> str:
+def as_latex(run: Run) -> str:
     """The tables as LaTeX floats."""
-    head = f"% {latex(rows[0]['model'])}: {latex(conditions(rows[0]))}\n"
-    return "\n".join([BOOKTABS + head, *(table.latex() for table in tables(rows))])
+    head = f"% {latex(run.rows[0]['model'])}: {latex(conditions(run.rows[0]))}\n"
+    told = "".join(f"% {latex(line)}\n" for line in remarks_of(run.rows))
+    return "\n".join([BOOKTABS + head + told, *(table.latex() for table in run.tables())])
 
 
 def comparison_table(comparison: Comparison) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
 
@@ -72,20 +72,28 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
-def render(rows: Sequence[Row]) -> str:
-    """The whole report in Markdown: results, time to first token in parts, accuracy per type of question."""
+def render(rows: Sequence[Row], more: Sequence[Table] = ()) -> str:
+    """The report in Markdown: results, time to first token in parts, accuracy per type of question, and `more`."""
     first = rows[0]
     head = f"# {first['model']}\n\n{conditions(first)}.\n"
-    return "\n".join([head, *(table.markdown() for table in tables(rows))])
+    remarks = "".join(f"- {line}\n" for line in remarks_of(rows))
+    return "\n".join([head, *filter(None, [remarks]), *(table.markdown() for table in (*tables(rows), *more))])
 
 
 def conditions(row: Row) -> str:
     """How a row was measured, as one line."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    task = f" of the task {row['task']}" if row.get("task") else ""
+    asked = row.get("prompt") or f"{row['n']} questions{task}"
     return (
-        f"{row['n']} questions; {row['device']}, {row['dtype']}, {row['attention']} attention, "
+        f"{asked}; {row['device']}, {row['dtype']}, {row['attention']} attention, "
         f"{row['threads']} threads; {versions}; {row['date'][:10]}"
     )
+
+
+def remarks_of(rows: Sequence[Row]) -> list[str]:
+    """What a run says of itself as a whole, such as why a baseline is missing."""
+    return list(dict.fromkeys(line for row in rows for line in row.get("remarks") or ()))
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -98,6 +106,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         columns = [*NAME, *((kind, _kind(kind)) for kind in kinds)]
         found.append(_table("Accuracy per type of question, in %, with 95 % interval", rows, columns))
     return found
+
+
+def amount(value: float) -> str:
+    """A count, which as a mean may not be whole."""
+    return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
 
 
 def without_gaps(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], notes: str = "") -> Table:
@@ -122,18 +135,20 @@ def _markdown(text: str) -> str:
     return text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _name(group: list[Row]) -> str:
+def name_of(group: Sequence[Row]) -> str:
+    """How a group of rows is called in a table."""
     name = label(group[0]["spec"])
     return f"{name} ({len(group)} seeds)" if len(group) > 1 else name
 
 
-def _keep(group: list[Row]) -> str:
+def keep_of(group: Sequence[Row]) -> str:
+    """Its budget, if it has one."""
     return "" if group[0]["strategy"] in ("none", "blind") else str(group[0]["keep"])
 
 
 def _number(key: str, form: Callable[[float], str]) -> Callable[[list[Row]], str]:
     """The mean of a group; empty if it was not measured."""
-    return lambda group: "" if group[0][key] is None else form(mean(row[key] for row in group))
+    return lambda group: "" if group[0].get(key) is None else form(mean(row[key] for row in group))
 
 
 def _accuracy(group: list[Row]) -> str:
@@ -161,8 +176,15 @@ def _kind(kind: str) -> Callable[[list[Row]], str]:
     return cell
 
 
-def _tokens(group: list[Row]) -> str:
-    return f"{group[0]['tokens_in']} → {group[0]['tokens_out']}"
+def tokens_of(group: Sequence[Row]) -> str:
+    """Visual tokens before and after."""
+    return " → ".join(amount(visual_tokens(group[0], end)) for end in ("in", "out"))
+
+
+def visual_tokens(row: Row, end: Literal["in", "out"] = "out") -> float:
+    """Visual tokens as measured: the mean over the questions, or those of the prompt that was timed."""
+    found = row.get(f"mean_tokens_{end}")
+    return row[f"tokens_{end}"] if found is None else found
 
 
 def _flops(group: list[Row]) -> str:
@@ -190,14 +212,15 @@ LATEX = {
     "−": r"$-$",
     "\n": " ",
 }
-NAME: list[Column] = [("strategy", _name), ("keep", _keep)]
+NAME: list[Column] = [("strategy", name_of), ("keep", keep_of)]
 RESULTS: list[Column] = [
     *NAME,
-    ("visual tokens", _tokens),
+    ("visual tokens", tokens_of),
     ("prefill FLOPs", _flops),
     ("TTFT ms", _ttft),
     ("decode tok/s", _number("decode_tokens_per_s", "{:.0f}".format)),
     ("KV cache", _number("kv_cache_bytes", lambda size: f"{human(size)}B")),
+    ("peak memory", _number("peak_memory_bytes", lambda size: f"{human(size)}B")),
     ("accuracy %", _accuracy),
     ("agreement %", _number("agreement", lambda share: f"{100 * share:.1f}")),
 ]
