@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from vtc.errors import VtcError
 
 if TYPE_CHECKING:
-    from vtc.eval.items import Item
+    from vtc.eval.items import Item, Medium
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Batch:
     """Processed questions whose prompts are equally long, so that no row is padded."""
 
     rows: tuple[int, ...]  # places in the list of items
-    pictures: tuple[int, ...]  # which picture each row is about: equal numbers, equal pictures
+    pictures: tuple[int, ...]  # what each row is about: equal numbers, equal media
     inputs: dict[str, torch.Tensor]
 
 
@@ -67,35 +69,49 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip(" .,;:!?\"'`").lower()
 
 
-def prompt(processor: Any, question: str, *, image: bool = True) -> str:
-    """The text of a prompt with one picture and one question, by the processor's chat template if it has one.
+def kind_of(medium: Medium) -> str:
+    """`image` or `video`."""
+    return "image" if isinstance(medium, Image.Image) else "video"
 
-    Without `image` the placeholder is left out and the rest stays: the language model then sees no visual token at all.
+
+def prompt(processor: Any, question: str, kinds: Sequence[str] = ("image",)) -> str:
+    """The text of a prompt: media of these kinds, then the question; by the processor's chat template if it has one.
+
+    Without media the placeholder is left out and the rest stays: the language model then sees no visual token at all.
     """
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] if image else []
-        message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-        return processor.apply_chat_template([message], add_generation_prompt=True)
-    return f"{processor.image_token}\n{question}\n" if image else f"{question}\n"
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return "".join(f"{getattr(processor, f'{kind}_token')}\n" for kind in kinds) + f"{question}\n"
 
 
-def process(processor: Any, questions: Sequence[str], images: Sequence[Any] | None) -> dict[str, torch.Tensor]:
-    """Model inputs for a batch of questions, one picture each or none at all; padded on the left if lengths differ."""
-    text = [prompt(processor, question, image=images is not None) for question in questions]
-    pictures = {} if images is None else {"images": list(images)}
-    return dict(processor(text=text, **pictures, padding=True, padding_side="left", return_tensors="pt"))
+def process(processor: Any, questions: Sequence[str], media: Sequence[Sequence[Medium]]) -> dict[str, torch.Tensor]:
+    """Model inputs for a batch of questions, each with its pictures and clips, or with none.
+
+    Rows have equally many media of each kind; the rows are padded on the left if lengths differ.
+    """
+    kinds = [[kind_of(medium) for medium in some] for some in media]
+    text = [prompt(processor, question, some) for question, some in zip(questions, kinds, strict=True)]
+    given: dict[str, Any] = {}
+    # A list per prompt: some families treat several pictures of one prompt otherwise than single ones.
+    if any("image" in some for some in kinds):
+        given["images"] = [[one for one in some if kind_of(one) == "image"] for some in media]
+    if any("video" in some for some in kinds):
+        given["videos"] = [one for some in media for one in some if kind_of(one) == "video"]
+        given["do_sample_frames"] = False
+    return dict(processor(text=text, **given, padding=True, padding_side="left", return_tensors="pt"))
 
 
 def batches(processor: Any, items: Sequence[Item], batch_size: int, *, blind: bool = False) -> list[Batch]:
     """All questions, grouped by length and processed once, to be used with every setting.
 
-    With `blind` the pictures are left out. That is the blind floor: what the model answers from the question alone.
+    With `blind` the media are left out. That is the blind floor: what the model answers from the question alone.
     """
 
-    def length(row: int) -> tuple[int, ...]:
-        # Pictures of one size have equally many tokens, so size and text decide the length of the whole prompt.
-        tokens = len(processor.tokenizer(prompt(processor, items[row].question, image=False))["input_ids"])
-        return (tokens,) if blind else (*items[row].image.size, tokens)
+    def length(row: int) -> tuple[Any, ...]:
+        # Media of one shape have equally many tokens, so shapes and text decide the length of the whole prompt.
+        tokens = len(processor.tokenizer(prompt(processor, items[row].question, ()))["input_ids"])
+        return (tokens,) if blind else (tuple(map(_shape, items[row].media)), tokens)
 
     found = []
     lengths = [length(row) for row in range(len(items))]
@@ -105,11 +121,15 @@ def batches(processor: Any, items: Sequence[Item], batch_size: int, *, blind: bo
         for start in range(0, len(rows), batch_size):
             chosen = tuple(rows[start : start + batch_size])
             asked = [items[row] for row in chosen]
-            inputs = process(
-                processor, [item.question for item in asked], None if blind else [item.image for item in asked]
-            )
-            found.append(Batch(chosen, tuple(id(item.image) for item in asked), inputs))
+            media = [() if blind else item.media for item in asked]
+            inputs = process(processor, [item.question for item in asked], media)
+            found.append(Batch(chosen, tuple(item.index for item in asked), inputs))
     return found
+
+
+def _shape(medium: Medium) -> tuple[int, ...]:
+    """(height, width) of a picture, (frames, height, width) of a clip."""
+    return medium.size[::-1] if isinstance(medium, Image.Image) else np.shape(medium)[:3]
 
 
 def longest_answer(processor: Any, items: Iterable[Item]) -> int:

@@ -27,7 +27,7 @@ import vtc
 from vtc import adapters, zoo
 from vtc.compressor import Compressor, as_compressors, available, parse
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
-from vtc.eval import accuracy, flops, latency, lines, resume, scenes
+from vtc.eval import accuracy, flops, latency, lines, resume, tasks
 from vtc.eval.items import Item
 from vtc.report import Report
 
@@ -49,6 +49,7 @@ class Options:
     """What to compare and how; the command line's options."""
 
     model: str = "tiny-llava"
+    task: str | None = None  # by default the one that a bundled model was trained for
     specs: tuple[str, ...] = ()  # all strategies if empty
     keeps: tuple[int | float, ...] = KEEPS  # for specs that do not name their own
     limit: int | None = None  # number of questions
@@ -69,7 +70,13 @@ class Options:
             raise VtcError(f"--dtype is '{self.dtype}'; use one of {', '.join(DTYPES)}")
         for keep in self.keeps:
             Compressor(keep=keep)  # refuses what is out of range
+        tasks.check(self.asked)
         check_device(self.device)
+
+    @property
+    def asked(self) -> str:
+        """The task whose questions are asked."""
+        return self.task or tasks.task_of(self.model)
 
 
 @dataclass(frozen=True)
@@ -199,12 +206,30 @@ def sizes(model: Any, setting: Setting, inputs: dict[str, torch.Tensor]) -> Size
         tokens_out=after,
         sequence_in=inputs["input_ids"].shape[1],
         sequence_out=lengths[-1],
-        encoder_flops=flops.encoder_flops(config.vision_config, images=run.images),
-        projector_flops=flops.projector_flops(config, before),
+        encoder_flops=encoder_flops(config.vision_config, run.images, inputs),
+        projector_flops=flops.projector_flops(config, projected(config.vision_config, run.images, before)),
         prefill_flops=flops.prefill_flops(text, lengths),
         decode_flops=flops.decode_flops(text, [length + 1 for length in lengths]),
         kv_cache_bytes=flops.kv_cache_bytes(text, lengths, model.dtype),
     )
+
+
+def encoder_flops(vision_config: Any, views: int, inputs: dict[str, torch.Tensor]) -> int:
+    """FLOPs of the encoder on the visual inputs of a prompt, which it sees as `views` views of one size, or packed."""
+    if vision_config.model_type not in flops.PACKED:
+        return flops.encoder_flops(vision_config, images=views)
+    side, total = vision_config.spatial_merge_size, 0
+    for name in ("image_grid_thw", "video_grid_thw"):
+        for frames, rows, columns in inputs[name].tolist() if name in inputs else []:
+            total += flops.encoder_flops(vision_config, grid=(frames, rows // side, columns // side))
+    return total
+
+
+def projected(vision_config: Any, views: int, tokens: int) -> int:
+    """Rows that the projector computes: a LLaVA's come before padding is cut off and frames are pooled."""
+    if vision_config.model_type in (*flops.PACKED, "internvl_vision"):
+        return tokens
+    return views * flops.per_edge(vision_config) ** 2
 
 
 def load_model(options: Options) -> tuple[Any, Any]:
@@ -272,7 +297,7 @@ class Bench:
 
     def _first(self, blind: bool) -> dict[str, torch.Tensor]:
         item = self.items[0]
-        one = accuracy.process(self.processor, [item.question], None if blind else [item.image])
+        one = accuracy.process(self.processor, [item.question], [() if blind else item.media])
         return accuracy.to_device(one, self.model)
 
     def _batches(self, *, blind: bool) -> list[accuracy.Batch]:
@@ -351,6 +376,7 @@ class Bench:
         measured = {**empty, **asdict(shape)} if timing is None else {**asdict(shape), **asdict(timing)}
         return {
             "model": self.options.model,
+            "task": self.options.asked,
             "spec": setting.spec,
             "strategy": setting.name,
             "keep": setting.keep,
@@ -449,12 +475,18 @@ def run(
     """
     plan = settings(options)
     path = check_folder(out, overwrite=overwrite or go_on)
-    bench = Bench(options, *load_model(options), list(scenes.questions(SPLIT, options.limit)))
+    bench = Bench(options, *load_model(options), list(tasks.questions(options.asked, SPLIT, options.limit)))
     plan = bench.able(plan)
     shapes = bench.try_out(plan)
     earlier = NOTHING
     if go_on and not overwrite:
-        now = {"model": options.model, "n": len(bench.items), "timed": options.latency, **environment(bench.model)}
+        now = {
+            "model": options.model,
+            "task": options.asked,
+            "n": len(bench.items),
+            "timed": options.latency,
+            **environment(bench.model),
+        }
         earlier = resume.load(out, now, [sample_id(item) for item in bench.items])
     rows = list(earlier.rows)
     out.mkdir(parents=True, exist_ok=True)

@@ -96,12 +96,8 @@ def show(
 def ask(processor: Any, question: str, visual: Image.Image | Clip) -> dict[str, Any]:
     """Model inputs for one question about a picture or a clip."""
     if not isinstance(visual, Clip):
-        return accuracy.process(processor, [question], [visual])
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    else:
-        text = f"{processor.video_token}\n{question}\n"
+        return accuracy.process(processor, [question], [[visual]])
+    text = accuracy.prompt(processor, question, ["video"])
     times = {"video_metadata": [visual.metadata]} if visual.fps else {}
     return dict(processor(text=[text], videos=[visual.frames], do_sample_frames=False, **times, return_tensors="pt"))
 

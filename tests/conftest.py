@@ -5,6 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from vtc.zoo import torchvision
+
+# Before any test imports transformers, which imports it: beside a torch for CPUs the usual torchvision does not load.
+torchvision.mend()
 # The models of the tests are so small that a second thread only adds waiting, on a busy machine a hundredfold.
 torch.set_num_threads(1)
 

@@ -156,7 +156,7 @@ def test_an_exception_is_not_an_empty_answer(loaded: Any, items: list[Item], mon
 
 
 def first(loaded: Any, items: list[Item]) -> dict[str, torch.Tensor]:
-    return accuracy.process(loaded[1], [items[0].question], [items[0].image])
+    return accuracy.process(loaded[1], [items[0].question], [items[0].media])
 
 
 def test_run_sees_the_true_lengths(loaded: Any, items: list[Item]) -> None:

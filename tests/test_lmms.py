@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from vtc.eval.lmms import torchvision
+from vtc.zoo import torchvision
 
 torchvision.mend()  # before transformers is imported, which imports it: lmms-eval brings one
 
@@ -540,7 +540,7 @@ try:
     import torchvision
 except RuntimeError as error:
     print(error)
-from vtc.eval.lmms.torchvision import mend
+from vtc.zoo.torchvision import mend
 print(mend(), mend())
 import torch, torchvision
 print(torchvision.nms.__name__, torch.ops.torchvision.nms)
@@ -564,7 +564,7 @@ def test_a_torchvision_for_another_torch_is_mended(tmp_path: Path) -> None:
 def test_any_other_torchvision_is_left_alone(content: str, tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(content)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from vtc.eval.lmms.torchvision import mend; print(mend())"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from vtc.zoo.torchvision import mend; print(mend())"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100)
     assert (done.stdout == "False\n") if not content else ("something else" in done.stderr)
 
@@ -574,7 +574,7 @@ def test_any_other_torchvision_is_left_alone(content: str, tmp_path: Path) -> No
 
 def test_the_exported_task_asks_the_bundled_questions(tmp_path: Path, items: list[Item]) -> None:
     export.export(tmp_path, len(items))
-    documents = lines_of(tmp_path / "test.jsonl")
+    documents = lines_of(tmp_path / "scenes-test.jsonl")
     for document, item in zip(documents, items, strict=True):
         (picture,) = export.doc_to_visual(document)
         assert (np.asarray(picture) == item.scene.image).all()
@@ -634,9 +634,7 @@ def test_both_ways_give_the_same_accuracy(
 @needs_lmms
 def test_lmms_eval_finds_the_plug_in(task: Path, tmp_path: Path, outside: Any) -> None:
     """Its own command line, through the entry point. It imports torchvision, which has to be whole, or mended."""
-    mended = (
-        "from vtc.eval.lmms import torchvision; torchvision.mend(); from lmms_eval.__main__ import cli_evaluate as run"
-    )
+    mended = "from vtc.zoo import torchvision; torchvision.mend(); from lmms_eval.__main__ import cli_evaluate as run"
     arguments = ["--model", "vtc_hf", "--tasks", "vtc_scenes", "--include_path", task, "--batch_size", "2"]
     arguments += ["--device", "cpu", "--limit", "4", "--output_path", tmp_path, "--log_samples", "--model_args"]
     given = f'pretrained=tiny-llava,spec="uniform:keep=9,positions=original",out={tmp_path / "answers"}'
@@ -682,7 +680,7 @@ def test_bad_tasks_are_one_line(
 
 BREAK = """
 import sys
-from vtc.eval.lmms import torchvision
+from vtc.zoo import torchvision
 torchvision.mend()
 from vtc.eval.lmms.answering import Answerer
 generate = Answerer._generate

@@ -350,7 +350,7 @@ def _add_eval(commands: Any) -> None:
     parser = _command(commands, "eval", "accuracy on tasks, with or without lmms-eval", EVAL_HELP, EVAL_EXAMPLE)
     _add_model(parser)
     parser.add_argument(
-        "--tasks", default="", metavar="LIST", help="tasks, separated by commas: scenes, or names that lmms-eval knows"
+        "--tasks", default="", metavar="LIST", help="tasks, separated by commas: bundled, or names that lmms-eval knows"
     )
     parser.add_argument("--spec", default="none", metavar="SPEC", help="strategies (default: no compression)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; what is there is continued")
@@ -373,26 +373,32 @@ def _add_eval(commands: Any) -> None:
         "--reader", default="auto", metavar="NAME", help="of video files: pyav, decord, torchcodec (default: any)"
     )
     parser.add_argument(
-        "--export", type=Path, metavar="DIR", help="only write the bundled questions to DIR, as lmms-eval's vtc_scenes"
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="only write bundled tasks (those of --tasks, or all) to DIR, as lmms-eval's vtc_scenes and so on",
     )
     parser.set_defaults(command=run_eval, extra="lmms")
 
 
 def run_eval(options: argparse.Namespace) -> int:
     """`vtc eval`."""
-    from vtc.eval.lmms import export, run, torchvision
+    from vtc.eval import tasks
+    from vtc.eval.lmms import export, run
     from vtc.eval.lmms.record import MAX_FAILURES, Failed
+    from vtc.zoo import torchvision
 
     if options.limit is not None and options.limit < 1:
         raise VtcError(f"--limit is {options.limit}; use at least 1")
+    names = tuple(dict.fromkeys(filter(None, (task.strip() for task in options.tasks.split(",")))))
     if options.export is not None:
-        print(f"Written: {export.export(options.export, options.limit)}")
+        print(f"Written: {export.export(options.export, options.limit, names or tasks.names())}")
         return 0
     if options.out is None:
         raise VtcError("--out DIR is missing: the folder for the results")
     settings = run.Settings(
         out=options.out,
-        tasks=tuple(dict.fromkeys(filter(None, (task.strip() for task in options.tasks.split(","))))),
+        tasks=names,
         model=options.model,
         spec=options.spec,
         include=tuple(options.include_path),

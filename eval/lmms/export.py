@@ -1,27 +1,30 @@
-"""The bundled questions as a task for lmms-eval: a folder with YAML, pictures and JSON lines, made from `scenes`."""
+"""The bundled questions as tasks for lmms-eval: a folder with YAML, JSON lines, pictures and clips."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from vtc.errors import VtcError
-from vtc.eval import scenes
+from vtc.eval import tasks
 from vtc.eval.accuracy import normalise
+from vtc.eval.items import Clip, Medium
 
-TASK = "vtc_scenes"
+PREFIX = "vtc_"  # of the names in lmms-eval
+FPS = 8  # of clips
 GENERATION: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "temperature": 0}
 
-YAML = f"""\
-task: {TASK}
+YAML = """\
+task: {task}
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {{data}}
+    test: {data}
 test_split: test
 output_type: generate_until
 doc_to_visual: !function utils.doc_to_visual
@@ -29,7 +32,7 @@ doc_to_text: !function utils.doc_to_text
 doc_to_target: answer
 generation_kwargs:
   until: []
-{{generation}}
+{generation}
 process_results: !function utils.process_results
 metric_list:
   - metric: exact_match
@@ -47,31 +50,77 @@ __all__ = ["doc_to_text", "doc_to_visual", "mean", "process_results"]
 '''
 
 
-def export(folder: Path, limit: int | None = None, split: str = "test") -> Path:
-    """Write the first `limit` questions of a split as the task `vtc_scenes`; the folder, for `--include-path`."""
+def export(folder: Path, limit: int | None = None, names: Iterable[str] = ("scenes",), split: str = "test") -> Path:
+    """Write the first `limit` questions of bundled tasks as tasks `vtc_NAME`; the folder, for `--include-path`.
+
+    Clips become mp4 files without loss, so that a reader gives back every pixel; they need PyAV.
+    """
     if folder.exists() and not folder.is_dir():
         raise VtcError(f"{folder} is a file; give a folder")
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for item in scenes.questions(split, limit):
-        picture = (pictures / f"{split}-{item.index:04}.png").resolve()
-        if not picture.exists():
-            item.image.save(picture)
-        row = {"question": item.question, "answer": item.answer, "type": item.type, "image": str(picture)}
-        lines.append(json.dumps(row) + "\n")
-    data = folder.resolve() / f"{split}.jsonl"
-    data.write_text("".join(lines), encoding="utf-8")
-    options = "\n".join(f"  {name}: {json.dumps(value)}" for name, value in GENERATION.items())
-    (folder / f"{TASK}.yaml").write_text(YAML.format(data=json.dumps(str(data)), generation=options), encoding="utf-8")
+    for name in names:
+        tasks.check(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = "\n".join(f"  {key}: {json.dumps(value)}" for key, value in GENERATION.items())
+    for name in names:
+        media = folder / "media" / name
+        media.mkdir(parents=True, exist_ok=True)
+        lines, known = [], {}
+        for item in tasks.questions(name, split, limit):
+            if item.index not in known:
+                known[item.index] = [
+                    str(_save(medium, (media / f"{split}-{item.index:04}-{number}").resolve()))
+                    for number, medium in enumerate(item.media)
+                ]
+            row = {"question": item.question, "answer": item.answer, "type": item.type, "media": known[item.index]}
+            lines.append(json.dumps(row) + "\n")
+        data = folder.resolve() / f"{name}-{split}.jsonl"
+        data.write_text("".join(lines), encoding="utf-8")
+        task = f"{PREFIX}{name}"
+        text = YAML.format(task=task, data=json.dumps(str(data)), generation=options)
+        (folder / f"{task}.yaml").write_text(text, encoding="utf-8")
     (folder / "utils.py").write_text(UTILS, encoding="utf-8")
     return folder
 
 
-def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The picture of a document."""
-    with Image.open(doc["image"]) as picture:
-        return [picture.convert("RGB")]
+def _save(medium: Medium, path: Path) -> Path:
+    """A picture as PNG, a clip as mp4; the file."""
+    if isinstance(medium, Image.Image):
+        file = path.with_suffix(".png")
+        medium.save(file)
+        return file
+    file = path.with_suffix(".mp4")
+    save_clip(medium, file)
+    return file
+
+
+def save_clip(clip: Clip, path: Path, fps: int = FPS) -> None:
+    """Write a clip (frames, height, width, 3) uint8, both sides even, as H.264 without loss.
+
+    Raises:
+        VtcError: PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise VtcError("writing clips needs PyAV: pip install av") from error
+    with av.open(str(path), "w") as file:
+        # The usual colours of H.264 would round red, green and blue.
+        stream = file.add_stream("libx264rgb", rate=fps, options={"qp": "0"})
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt = "rgb24"
+        for frame in clip:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        file.mux(stream.encode())
+
+
+def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image | str]:
+    """The media of a document: pictures, and the paths of clips."""
+    return [path if path.endswith(".mp4") else _picture(path) for path in doc["media"]]
+
+
+def _picture(path: str) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def doc_to_text(doc: dict[str, Any]) -> str:

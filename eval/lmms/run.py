@@ -1,6 +1,6 @@
 """What `vtc eval` does: tasks in, accuracy and cost per task and per document out.
 
-`scenes`, the bundled questions, is answered directly; any other task through lmms-eval. A folder holds the run:
+The bundled tasks are answered directly; any other task through lmms-eval. A folder holds the run:
 
     run.json            what was asked of which model; a run in the same folder must ask the same
     answers-RANK.jsonl  one line per answer, written as it is given; what a later run goes on from
@@ -23,10 +23,11 @@ from typing import Any
 
 from vtc import zoo
 from vtc.errors import VtcError, did_you_mean
-from vtc.eval.lmms import torchvision
+from vtc.eval import tasks
 from vtc.eval.lmms.record import Failed, Failure, Record, Row, begin, identity, key_of, read_answers
+from vtc.zoo import torchvision
 
-BUNDLED = ("scenes",)
+BUNDLED = tasks.names()
 OUTPUTS = ("run.json", "documents.jsonl", "results.json", "failures.jsonl")
 
 
@@ -211,16 +212,17 @@ def ask_bundled(task: str, settings: Settings, answerer: Any, team: Team, outcom
     """The bundled questions, without lmms-eval."""
     from tqdm import tqdm
 
-    from vtc.eval import accuracy, scenes
+    from vtc.eval import accuracy
     from vtc.eval.lmms.answering import Prompt, Question
     from vtc.eval.lmms.export import GENERATION
 
-    items = list(scenes.questions("test", settings.limit))
+    items = list(tasks.questions(task, "test", settings.limit))
 
     def question(number: int) -> Question:
         item = items[number]
-        content = [{"type": "image"}, {"type": "text", "text": item.question}]
-        prompt = Prompt([{"role": "user", "content": content}], [item.image])
+        kinds = [{"type": accuracy.kind_of(medium)} for medium in item.media]
+        content = [*kinds, {"type": "text", "text": item.question}]
+        prompt = Prompt([{"role": "user", "content": content}], list(item.images), list(item.clips))
         return Question((task, "test", number, 0), lambda: prompt, GENERATION, item.question)
 
     mine = [question(number) for number in range(team.rank, len(items), team.size)]

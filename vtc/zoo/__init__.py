@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vtc.errors import UnsupportedModelError, VtcError, did_you_mean
+from vtc.zoo import torchvision
 
 FOLDER = Path(str(resources.files(__name__)))
 
@@ -55,6 +56,7 @@ def load(
         The model and its processor, as `AutoModelForImageTextToText` and `AutoProcessor` make them.
     """
     folder = find(name)
+    torchvision.mend()  # before transformers looks for it
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
