@@ -86,6 +86,19 @@ class Seen:
         assert count is not None and rows is not None
         return encoder(vision, images=count), projector(config, count * rows)
 
+    def pairs(self, config: Any) -> int:
+        """Pairs of patches that look at each other in one layer of the encoder, without windows."""
+        vision = config.vision_config
+        if self.grid is not None:
+            frames, rows, columns = self.grid
+            return frames * (rows * columns * vision.spatial_merge_size**2) ** 2
+        return (self.frames or self.views or 0) * per_edge(vision) ** 4
+
+    @property
+    def pictures(self) -> int:
+        """Frames of the clip; 1 if it is none."""
+        return self.frames or (self.grid[0] if self.grid is not None else 1)
+
     def __str__(self) -> str:
         if self.grid is not None:
             return "grid of {} x {} x {}".format(*self.grid)
@@ -127,6 +140,8 @@ class Cut:
     keyed: int  # and of all its key heads
     encoder_width: int
     encoder_layers: int
+    frames: int = 1  # of a clip
+    looks: int | None = None  # pairs of patches in one layer of the encoder; None if what it looks at is not known
 
 
 def _row(cut: Cut) -> int:
@@ -169,8 +184,31 @@ def _projected(cut: Cut) -> int:
     return cut.width * (cut.attended + (cut.before + cut.text) * cut.keyed)
 
 
-# Multiply-adds per cut, by strategy with its default options. Sorting and indexing are not counted; strategies whose
-# work depends on what is seen, such as `holitom`, have no closed form.
+def _received(cut: Cut) -> int:
+    """All patches' queries with the keys of their own view, in one encoder layer."""
+    if cut.looks is None:
+        raise VtcError("the selection reads a whole encoder layer: say what it looks at (views, frames or a grid)")
+    return cut.looks * cut.encoder_width
+
+
+def _static(cut: Cut) -> int:
+    """Of a clip: each frame with the next, means of frames, and distances of the means within each segment.
+
+    Which places are static depends on the clip, but not how much is computed: segments of at least two frames are
+    worked on side by side, as many as there can be, and all places of each.
+    """
+    if cut.frames < 2:
+        return 0
+    places, segments = cut.before // cut.frames, cut.frames // 2
+    return ((cut.frames - 1) * places + segments * cut.frames * places + segments * places**2) * cut.width
+
+
+def _merged_frames(cut: Cut) -> int:
+    """Each token of a clip added up once; of a picture, none is."""
+    return _merged(cut) if cut.frames > 1 else 0
+
+
+# Multiply-adds per cut, by strategy with its default options. Sorting and indexing are not counted.
 SELECTION: dict[str, tuple[Callable[[Cut], int], ...]] = {
     "none": (),
     "random": (),
@@ -184,6 +222,7 @@ SELECTION: dict[str, tuple[Callable[[Cut], int], ...]] = {
     "todre-inner": (),
     "fastv": (_prompt,),
     "pyramiddrop": (_prompt, _projected),
+    "holitom": (_received, _static, _merged_frames),
     "holitom-inner": (_prompt, _assigned, _merged),
 }
 
@@ -362,7 +401,7 @@ def estimate(
         seen=seen,
         encoder=work[0],
         projector=work[1],
-        selection=None if strategy is None else selection(strategy, _cuts(config, decoder, tokens, visual, text)),
+        selection=None if strategy is None else selection(strategy, _cuts(config, decoder, tokens, visual, text, seen)),
         prefill=prefill(text_config, lengths, **options),
         full=prefill(text_config, tokens + text, **options),
         decode=tuple(
@@ -385,7 +424,7 @@ def _schedule(schedule: str | Sequence[tuple[int, int]] | None, depth: int, toke
     return pairs
 
 
-def _cuts(config: Any, decoder: Decoder, tokens: int, visual: Sequence[int], text: int) -> list[Cut]:
+def _cuts(config: Any, decoder: Decoder, tokens: int, visual: Sequence[int], text: int, seen: Seen | None) -> list[Cut]:
     """Every place where tokens are dropped: in front of the first layer, or between two."""
     vision = getattr(config, "vision_config", None)
     sizes: dict[str, Any] = dict(
@@ -395,6 +434,8 @@ def _cuts(config: Any, decoder: Decoder, tokens: int, visual: Sequence[int], tex
         keyed=decoder.key_heads * decoder.head_width,
         encoder_width=getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0),
         encoder_layers=getattr(vision, "num_hidden_layers", 0),
+        frames=1 if seen is None else seen.pictures,
+        looks=None if seen is None else seen.pairs(config),
     )
     steps = zip([tokens, *visual], visual, strict=False)
     return [Cut(before, after, **sizes) for before, after in steps if after < before]

@@ -30,6 +30,7 @@ from families import FAMILIES, Shown
 from vtc.errors import UnsupportedModelError, VtcError
 from vtc.eval import checkpoints, flops
 from vtc.eval.estimate import SELECTION, Cut, estimate, parse_schedule, selection, table
+from vtc.visual import Layout, Visual
 
 SIZES = dict(vocab_size=320, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6)
 DECODERS = {
@@ -410,7 +411,8 @@ def test_prompts_of_text_alone_have_no_encoder_to_run() -> None:
 
 
 def test_selection_is_counted_where_tokens_drop() -> None:
-    cut = Cut(before=50, after=8, text=6, width=96, attended=64, keyed=32, encoder_width=40, encoder_layers=24)
+    sizes = dict(before=50, after=8, text=6, width=96, attended=64, keyed=32, encoder_width=40, encoder_layers=24)
+    cut = Cut(**sizes, frames=5, looks=5 * 40**2)  # five frames of 40 patches, pooled to ten tokens each
     by_hand = {
         "uniform": 0,
         "pool": 50 * 96,
@@ -421,6 +423,7 @@ def test_selection_is_counted_where_tokens_drop() -> None:
         "fastv": 56 * 64,
         "pyramiddrop": 56 * 64 + 96 * (64 + 56 * 32),
         "holitom-inner": 56 * 64 + 42 * 8 * 96 + 50 * 96,
+        "holitom": 5 * 40**2 * 40 + (4 * 10 + 2 * 5 * 10 + 2 * 10**2) * 96 + 50 * 96,
     }
     assert {name: selection(name, [cut]).macs for name in by_hand} == by_hand
     assert selection("fastv", [cut, cut]).macs == 2 * by_hand["fastv"]
@@ -436,8 +439,33 @@ def test_selection_is_counted_where_tokens_drop() -> None:
     assert cost("32:576") == 0
 
 
-def test_only_strategies_have_a_selection_to_count() -> None:
-    assert set(SELECTION) <= set(vtc.available())
+def test_every_strategy_has_a_selection_to_count() -> None:
+    assert set(SELECTION) == set(vtc.available())
+
+
+@pytest.mark.parametrize("frames", [2, 5, 8])
+def test_what_holitom_computes_of_a_clip_does_not_depend_on_it(frames: int) -> None:
+    """Its matrix products, counted by torch: means of frames, and distances within segments."""
+    places, width = 12, 256
+    layout, cut = Layout.frames(frames, 3, 4, clip=True), frames // 2
+    for scale in (0.0, 1.0):  # all stands still, all moves
+        x = torch.ones(1, frames * places, width) + scale * torch.randn(1, frames * places, width)
+        loaders = {"features": lambda x=x: x, "saliency": lambda: torch.rand(1, 1, frames * places)}
+        with FlopCounterMode(display=False) as counter:
+            vtc.compressor.parse("holitom:keep=6").select(Visual(layout, 1, x.device, loaders))
+        formula = (cut * frames * places + cut * places**2) * width
+        assert counter.get_total_flops() == pytest.approx(2 * formula, rel=0.01)
+
+
+def test_holitom_is_counted_from_what_the_encoder_sees() -> None:
+    cost = estimate("llava-onevision-0.5b", 16 * 196, frames=16, schedule="24:470", strategy="holitom").selection
+    width, patches = 896, 27**2
+    clip = (15 * 196 + 8 * 16 * 196 + 8 * 196**2) * width + 16 * 196 * width
+    assert cost == flops.Count(16 * patches**2 * 1152 + clip)
+    grid = estimate("qwen2-vl-2b", 64, grid=(1, 8, 8), schedule="28:9", strategy="holitom").selection
+    assert grid == flops.Count((64 * 4) ** 2 * 1280), "of a picture only the attention is read"
+    with pytest.raises(VtcError, match="views, frames or a grid"):
+        estimate("llava-onevision-0.5b", 1000, schedule="24:470", strategy="holitom")
 
 
 def test_estimate_as_plain_data() -> None:
