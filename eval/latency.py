@@ -42,8 +42,8 @@ class Latency:
     ttft_iqr_ms: float
     encoder_ms: float
     projector_ms: float
-    selection_ms: float  # choosing and removing tokens, in front of the language model
-    prefill_ms: float  # the language model and the logits of one token
+    selection_ms: float  # choosing and removing tokens, in front of the language model and of its layers
+    prefill_ms: float  # the language model without that, and the logits of one token
     other_ms: float  # filling placeholders, and Python in between
     ideal_ttft_ms: float
     baseline_ttft_ms: float  # of the uncompressed model, in the same loop
@@ -90,7 +90,12 @@ class Clock:
 
 
 class Stopwatch(AbstractContextManager["Stopwatch"]):
-    """Notes when each part of a forward pass begins and ends. Enter it after compressing, so that its hooks enclose."""
+    """Notes when each part of a forward pass begins and ends. Enter it after compressing, so that its hooks enclose.
+
+    Selection is what happens between the first and the last pre-hook of the language model, and of those of its layers
+    that have any: attention is read there, tokens leave there. What strategies read of the encoder is computed by hooks
+    inside it, and is part of the encoder's time.
+    """
 
     def __init__(self, adapter: Adapter, clock: Clock) -> None:
         self.adapter, self.clock = adapter, clock
@@ -109,6 +114,10 @@ class Stopwatch(AbstractContextManager["Stopwatch"]):
             model.register_forward_pre_hook(self._begin("selection"), prepend=True),
             model.register_forward_pre_hook(self._arrive, with_kwargs=True),
         ]
+        for layer in model.layers:
+            if layer._forward_pre_hooks:
+                self.handles.append(layer.register_forward_pre_hook(self._begin("inside"), prepend=True))
+                self.handles.append(layer.register_forward_pre_hook(self._end("inside")))
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -122,10 +131,11 @@ class Stopwatch(AbstractContextManager["Stopwatch"]):
 
     def parts(self) -> dict[str, float]:
         """Milliseconds per part; 0 for a part that did not run."""
-        total = dict.fromkeys(PARTS, 0.0)
+        total = dict.fromkeys((*PARTS, "inside"), 0.0)
         for name, start, end in self.spans:
             total[name] += self.clock.between(start, end)
-        return total
+        inside = total.pop("inside")  # the language model
+        return {**total, "selection": total["selection"] + inside, "prefill": total["prefill"] - inside}
 
     def _begin(self, name: str) -> Callable[..., None]:
         def hook(*args: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,11 +16,10 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from vtc import picture
-from vtc.eval import content, scenes
-from vtc.eval.paired import Comparison
+from vtc.eval import content, tasks
 from vtc.eval.plot import BASELINES
-from vtc.eval.report import Row, Run, Sample, comparison_table, remarks_on
-from vtc.eval.table import conditions, groups, label, tables
+from vtc.eval.report import Row, Run, Sample
+from vtc.eval.table import Table, conditions, groups, label, remarks_of, visual_tokens
 from vtc.visual import Layout
 
 if TYPE_CHECKING:
@@ -29,32 +28,33 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("assets") / "report.html"
 SIDE = 256  # of a drawing, in pixels
 ROLES = {"none": "none", "blind": "blind", **dict.fromkeys(BASELINES, "baseline")}  # of the others: ""
-COSTS = {"tokens": "tokens_out", "flops": "prefill_flops", "ttft": "ttft_ms"}
+COSTS: dict[str, Callable[[Row], float | None]] = {
+    "tokens": visual_tokens,
+    "flops": lambda row: row["prefill_flops"],
+    "ttft": lambda row: row["ttft_ms"],
+}
 
 
-def page(runs: Sequence[Run], comparison: Comparison | None, drawings: int) -> str:
+def page(sections: Sequence[dict[str, Any]], comparison: Table | None, remarks: Sequence[str]) -> str:
     """The page of one run, or of two and what changed between them."""
-    names = [run.name for run in runs]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(code=_code, breaks=_breaks)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        title=" → ".join(dict.fromkeys(run.rows[0]["model"] for run in runs)),
-        runs=[
-            {
-                "name": run.name,
-                "model": run.rows[0]["model"],
-                "conditions": conditions(run.rows[0]),
-                "plot": {"points": points(run.rows), "kinds": kinds(run.rows)},
-                "plotted": any(row["accuracy"] is not None for row in run.rows),
-                "tables": tables(run.rows),
-                "cards": cards(run, drawings),
-            }
-            for run in runs
-        ],
-        comparison=comparison and comparison_table(comparison),
-        remarks=comparison and remarks_on(comparison, names[0], names[1]),
-    )
+    title = " → ".join(dict.fromkeys(one["model"] for one in sections))
+    return template.render(title=title, runs=sections, comparison=comparison, remarks=remarks)
+
+
+def section(run: Run, drawings: int) -> dict[str, Any]:
+    """What the page tells of one run of `vtc bench`."""
+    told = plain_section(run.name, run.rows[0]["model"], conditions(run.rows[0]), run.tables())
+    told |= {"plot": {"points": points(run.rows), "kinds": kinds(run.rows)}, "remarks": remarks_of(run.rows)}
+    return {**told, "plotted": bool(told["plot"]["points"]), "cards": cards(run, drawings)}
+
+
+def plain_section(name: str, model: str, conditions: str, tables: Sequence[Table]) -> dict[str, Any]:
+    """The same of a run that has tables only."""
+    told = {"name": name, "model": model, "conditions": conditions, "tables": tables}
+    return {**told, "plot": None, "plotted": False, "cards": [], "remarks": []}
 
 
 # ---------------------------------------------------------------------------------------------------------- the plot
@@ -74,7 +74,7 @@ def points(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for group in groups([row for row in rows if row["accuracy"] is not None]):
         first = group[0]
-        costs = {name: None if first[key] is None else mean(row[key] for row in group) for name, key in COSTS.items()}
+        costs = {name: _mean([of(row) for row in group]) for name, of in COSTS.items()}
         scores = {"all": _score([(row["accuracy"], row["accuracy_ci"]) for row in group])}
         for kind in kinds(rows):
             some = [row["by_type"][kind] for row in group if kind in row["by_type"]]
@@ -86,13 +86,19 @@ def points(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "role": ROLES.get(first["strategy"], ""),
                 "keep": str(first["keep"]),
                 "seeds": len(group),
-                "tokens_in": first["tokens_in"],
+                "tokens_in": visual_tokens(first, "in"),
                 "ratio": first["prefill_flops_ratio"],
                 "costs": costs,
                 "scores": scores,
             }
         )
     return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean, or `None` where something was not measured."""
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def _score(values: Sequence[tuple[float, Sequence[float]]]) -> list[float]:
@@ -127,7 +133,7 @@ def cards(run: Run, limit: int) -> list[dict[str, Any]]:
                 shown.add(sample["id"])
                 chosen.append(sample)
     chosen.sort(key=lambda sample: specs.index(sample["spec"]))
-    items = _items({sample["id"] for sample in chosen})
+    items = _items(run.rows[0].get("task") or tasks.DEFAULT, {sample["id"] for sample in chosen})
     found = []
     for sample in chosen:
         reference, item = full[sample["id"]], items.get(sample["id"])
@@ -136,7 +142,7 @@ def cards(run: Run, limit: int) -> list[dict[str, Any]]:
             {
                 "sample": sample,
                 "full": reference,
-                "before": _data(item.image) if known and item else None,
+                "before": _data(item.image) if known and item and not item.clips and len(item.images) == 1 else None,
                 "after": _drawing(item, sample) if known and item else None,
             }
         )
@@ -150,13 +156,13 @@ def _disagreements(full: dict[str, Sample], mine: dict[str, Sample]) -> list[Sam
     return [sample for turn in zip_longest(lost, gained) for sample in turn if sample is not None]
 
 
-def _items(wanted: Iterable[str]) -> dict[str, Item]:
-    """The bundled questions of these ids, which are `split/scene/type`."""
+def _items(task: str, wanted: Iterable[str]) -> dict[str, Item]:
+    """The questions of a bundled task with these ids, which are `split/scene/type`."""
     missing = set(wanted)
     found = {}
     for split in sorted({key.partition("/")[0] for key in missing} & set(content.SPLITS)):
         last = max(_number(key) for key in missing if key.startswith(f"{split}/"))
-        for item in scenes.questions(split):
+        for item in tasks.questions(task, split):
             if item.index > last:
                 break
             key = f"{split}/{item.index}/{item.type}"

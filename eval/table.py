@@ -241,6 +241,8 @@ measured in the same loop. Accuracy: exact match, with Wilson's 95 % interval, o
 Agreement: same answer as the uncompressed model. `none` is the uncompressed model, `blind` answers without the picture.
 """
 TIME_NOTES = """
-Medians over repeats. Other: filling placeholders, and Python between the parts. IQR: spread of the total. Ideal: the
-total if the dropped tokens had never existed; the distance to it is the cost of choosing and dropping them.
+Medians over repeats. Selection: choosing and dropping tokens, in front of the language model and inside it; what a
+strategy reads of the encoder is computed there, and counts in the encoder's time. Prefill: the language model without
+selection. Other: filling placeholders, and Python between the parts. IQR: spread of the total. Ideal: the total if the
+dropped tokens had never existed; the distance to it is the cost of choosing and dropping them.
 """

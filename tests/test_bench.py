@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,23 @@ def test_parts_are_measured_and_hooks_removed(loaded: Any, items: list[Item]) ->
         assert hooks(model) == compressed
     assert hooks(model) == before
     assert all(run.parts[part] > 0 for part in latency.PARTS)
+    assert sum(run.parts.values()) <= run.ttft
+
+
+def test_selection_inside_the_language_model_is_selection(
+    loaded: Any, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strategy that takes its time, in front of the language model and in front of one of its layers."""
+    pause = 0.05
+    for name in ("uniform", "fastv"):
+        cls = vtc.compressor.strategy(name)
+        real = cls.select
+        monkeypatch.setattr(cls, "select", lambda self, visual, real=real: time.sleep(pause) or real(self, visual))
+    with vtc.compress(loaded[0], "uniform:keep=8+fastv:layer=1,keep=3"):
+        latency.run(loaded[0], first(loaded, items))  # the first call of a session also checks
+        run = latency.run(loaded[0], first(loaded, items))
+    assert run.parts["selection"] >= 2 * 1000 * pause
+    assert 0 < run.parts["prefill"] <= run.ttft - run.parts["selection"]
     assert sum(run.parts.values()) <= run.ttft
 
 
