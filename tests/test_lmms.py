@@ -569,21 +569,6 @@ def test_any_other_torchvision_is_left_alone(content: str, tmp_path: Path) -> No
     assert (done.stdout == "False\n") if not content else ("something else" in done.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------- the exported task
-
-
-def test_the_exported_task_asks_the_bundled_questions(tmp_path: Path, items: list[Item]) -> None:
-    export.export(tmp_path, len(items))
-    documents = lines_of(tmp_path / "scenes-test.jsonl")
-    for document, item in zip(documents, items, strict=True):
-        (picture,) = export.doc_to_visual(document)
-        assert (np.asarray(picture) == item.scene.image).all()
-        assert export.doc_to_text(document) == item.question
-        assert export.process_results(document, [f" {item.answer.upper()}."]) == {"exact_match": 1.0}
-        assert export.process_results(document, ["something"]) == {"exact_match": 0.0}
-    assert "vtc_scenes" in (tmp_path / "vtc_scenes.yaml").read_text()
-
-
 # -------------------------------------------------------------------------------------------------- with lmms-eval
 
 
