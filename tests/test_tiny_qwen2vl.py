@@ -1,0 +1,63 @@
+"""`tiny-qwen2vl`: it is trained as it is used, and what it has to show for a comparison on it to mean anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from training import packing, text, tiny_qwen2vl
+from vtc.eval.sizes import QUESTION_TYPES, Scenes
+
+MEDIA = ((1, 64, 128), (1, 96, 64), (6, 64, 80))
+
+
+@pytest.fixture(scope="module")
+def fresh() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = tiny_qwen2vl.build().eval()
+    torch.nn.init.normal_(model.model.visual.merger.mlp[2].weight, std=0.3)  # so that the picture matters
+    return model
+
+
+@pytest.mark.parametrize("size", MEDIA)
+@pytest.mark.parametrize("some", [False, True])
+def test_packed_questions_get_the_logits_they_would_get_alone(
+    fresh: torch.nn.Module, size: tuple[int, int, int], some: bool
+) -> None:
+    """Tower, M-RoPE positions and mask, against the model's forward on one prompt; dropping tokens keeps the rest."""
+    scenes = [Scenes("val", size)[i] for i in range(2)]
+    packed = packing.pack([scene.questions[:4] for scene in scenes], 4, tiny_qwen2vl.LANGUAGE, QUESTION_TYPES)
+    pixels = tiny_qwen2vl.patches(scenes)
+    rows, columns = (side // 8 for side in size[1:])
+    ids = tiny_qwen2vl.LANGUAGE.ids
+    clip = size[0] > 1
+    with torch.no_grad():
+        states = tiny_qwen2vl.look(fresh.model.visual, pixels.flatten(0, 1), rows, columns)
+        tokens = fresh.model.visual.merger(states[-1].flatten(0, 1)).view(2, -1, 192)
+        grid = (pixels.shape[1], rows // 2, columns // 2)
+        kept = None
+        if some:
+            kept = torch.stack([torch.randperm(tokens.shape[1])[:7].sort().values for _ in scenes])
+        hidden = tiny_qwen2vl.answers(fresh, tokens, grid, packed, kept)
+        logits = fresh.lm_head(hidden).unflatten(1, (4, packing.SLOT))
+        for b, scene in enumerate(scenes):
+            for k, question in enumerate(scene.questions[:4]):
+                row = [ids[text.BOS], ids[text.USER], ids[tiny_qwen2vl.START]]
+                row += [ids[tiny_qwen2vl.VIDEO if clip else tiny_qwen2vl.IMAGE]] * tokens.shape[1]
+                row += [ids[tiny_qwen2vl.END], *tiny_qwen2vl.LANGUAGE.encode(question.text), ids[text.ASSISTANT]]
+                row = torch.tensor([row])
+                types = (row == ids[tiny_qwen2vl.IMAGE]).int() + 2 * (row == ids[tiny_qwen2vl.VIDEO]).int()
+                thw = torch.tensor([[grid[0], rows, columns]])
+                names = ("pixel_values_videos", "video_grid_thw") if clip else ("pixel_values", "image_grid_thw")
+                media = dict(zip(names, (pixels[b].flatten(0, 1), thw), strict=True))
+                if kept is None:
+                    expected = fresh(input_ids=row, mm_token_type_ids=types, **media).logits[0, -1]
+                else:
+                    place = fresh.model.get_rope_index(row, types, **{names[1]: thw})[0]
+                    stay = torch.cat([torch.arange(3), kept[b] + 3, torch.arange(3 + tokens.shape[1], row.shape[1])])
+                    embeds = fresh.model.language_model.embed_tokens(row)
+                    embeds[0, 3 : 3 + tokens.shape[1]] = tokens[b]
+                    out = fresh.model.language_model(inputs_embeds=embeds[:, stay], position_ids=place[:, :, stay])
+                    expected = fresh.lm_head(out.last_hidden_state)[0, -1]
+                at = len(tiny_qwen2vl.LANGUAGE.encode(question.text))
+                torch.testing.assert_close(logits[b, k, at], expected, atol=1e-4, rtol=1e-4)
