@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vtc.encoding import take
 from vtc.errors import VtcError
 
 if TYPE_CHECKING:
@@ -147,21 +148,32 @@ def to_device(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Te
 
 
 def encode_once(model: Any, inputs: dict[str, Any], pictures: Sequence[int]) -> dict[str, Any]:
-    """`inputs` of `generate` with every picture encoded once, however many of the questions are about it.
+    """`inputs` of `generate` with all media encoded once, however many of the questions are about them.
 
-    Transformers lets the caller encode pictures ahead of `generate` from 5.23 on. Before that, and for families whose
-    prompts carry more than one view per picture, the inputs are returned as they are: same answers, more work.
+    Rows have media of the same shapes, so every tensor that the encoder takes has an equal part for each. Transformers
+    lets the caller encode media ahead of `generate` from 5.23 on; before, the inputs are returned as they are: same
+    answers, more work.
     """
-    if inputs.keys() != {"input_ids", "attention_mask", "pixel_values"}:
-        return inputs
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        return inputs
     numbers = {picture: number for number, picture in enumerate(dict.fromkeys(pictures))}
-    pixels = inputs["pixel_values"][[pictures.index(picture) for picture in numbers]]
-    encoded = model.get_image_features(pixel_values=pixels, return_dict=True)
-    encoded.pooler_output = [encoded.pooler_output[numbers[picture]] for picture in pictures]
-    text = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    return {**text, "mm_encoder_outputs": {"image": encoded}}
+    if len(numbers) == len(pictures) or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return inputs
+    rows = [pictures.index(picture) for picture in numbers]
+    left, encoded = dict(inputs), {}
+    for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if pixels not in left:
+            continue
+        encode = getattr(model.base_model, f"get_{modality}_features")
+        given = {
+            name: inputs[name].unflatten(0, (len(pictures), -1))[rows].flatten(0, 1)
+            for name in inspect.signature(encode).parameters
+            if name in inputs
+        }
+        output = encode(**given, return_dict=True)
+        each = len(output.pooler_output) // len(rows)
+        wanted = [numbers[picture] * each + k for picture in pictures for k in range(each)]
+        encoded[modality] = take(output, wanted)
+        del left[pixels]
+    return {**left, "mm_encoder_outputs": encoded} if encoded else inputs
 
 
 @torch.no_grad()

@@ -51,6 +51,26 @@ def encoding_of(output: Any) -> Encoding:
     return encoding
 
 
+def take(output: Any, numbers: Sequence[int]) -> Any:
+    """`output` of the encoder, changed to hold the visual inputs with these numbers, in this order and as often.
+
+    What is known about them goes along. For callers who encode once what several prompts show.
+    """
+    features = output.pooler_output
+    output.pooler_output = features[list(numbers)] if isinstance(features, Tensor) else [features[n] for n in numbers]
+    deep = getattr(output, "deepstack_features", None)  # per decoder layer that they are added to, per visual input
+    if deep is not None:
+        output.deepstack_features = [[layer[n] for n in numbers] for layer in deep]
+    known = getattr(output, _KEY, None)
+    if known is not None:
+        output[_KEY] = Encoding(
+            list(output.pooler_output),
+            [known.layouts[n] for n in numbers],
+            {layer: [rows[n] for n in numbers] for layer, rows in known.rows.items()},
+        )
+    return output
+
+
 class EncoderWatch:
     """Shadows `get_image_features` and `get_video_features` of one multimodal module.
 
