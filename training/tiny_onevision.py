@@ -8,9 +8,10 @@ only, so that a run can stop and resume:
 0. `tiles`: the vision tower alone on tiles of 64 x 64 pixels, naming kind and colour of what each patch shows. This
    heals what a tower loses with its [CLS] token and the normalisation in front of its layers.
 1. `short`: projector and language model on questions about clips of 6 to 12 frames, pictures and pairs of pictures.
-2. `long`, `settle`: the same with clips of 16 to 32 frames; in the end the learning rate falls to nothing.
+2. `long`: the same with clips of 16 to 32 frames, and the tower goes on as in stage 0, slowly.
+3. `settle`: the tower stands still, and the learning rate falls to nothing.
 
-The tower stands still from stage 1 on, and equal frames of a clip are encoded once. While training, the states of the
+Answers never train the tower, and equal frames of a clip are encoded once. While training, the states of the
 language model at frames also have to tell what the events were so far (`Chronicle`): without that it learns what is
 in a clip within minutes, but when it came there only after hours. No stage ever drops visual tokens.
 """
@@ -47,6 +48,7 @@ from vtc.eval.clips import (
     PICTURES,
     PLACES,
     QUESTION_TYPES,
+    SCENES,
     TILE,
     WAYS,
     Actor,
@@ -85,26 +87,28 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """What distinguishes one stage from the next."""
+    """What distinguishes one stage from the next. Numbers of samples are per step, over all workers."""
 
     name: str
     steps: int
-    batch: int  # tiles, or clips, per step, over all workers
+    tiles: int  # for the losses of the tower
+    clips: int
+    stills: int  # pictures or pairs
     muon: float  # learning rates
     adamw: float
     floor: float  # the learning rate falls to this share of itself along a cosine
     warmup: int
     first_seed: int
-    frames: tuple[int, int] = (0, 0)  # of clips; none in the stage of the tower
-    scenes: tuple[int, int] = (1, 4)
-    stills: int = 0  # pictures or pairs per step, over all workers
+    frames: tuple[int, int] = FRAMES  # of clips
+    scenes: tuple[int, int] = SCENES
+    tower: float = 1.0  # learning rate of the tower, relative; it always falls to almost nothing
 
 
 STAGES = (
-    Stage("tiles", 300, 96, 0.004, 5e-4, 0.02, 30, 0),
-    Stage("short", 500, 24, 0.02, 1e-3, 1.0, 100, 10_000_000, (6, 12), (1, 2), 12),
-    Stage("long", 300, 24, 0.02, 1e-3, 1.0, 1, 20_000_000, FRAMES, (1, 4), 8),
-    Stage("settle", 500, 24, 0.02, 1e-3, 0.01, 1, 30_000_000, FRAMES, (1, 4), 8),
+    Stage("tiles", 300, 96, 0, 0, 0.004, 5e-4, 0.02, 30, 0),
+    Stage("short", 500, 0, 24, 12, 0.02, 1e-3, 1.0, 100, 10_000_000, (6, 12), (1, 2)),
+    Stage("long", 300, 48, 24, 8, 0.02, 1e-3, 1.0, 1, 20_000_000, tower=0.1),
+    Stage("settle", 500, 0, 24, 8, 0.02, 1e-3, 0.01, 1, 30_000_000),
 )
 SAVE_EVERY = 50
 REPORT_EVERY = 25
@@ -169,7 +173,7 @@ def _start_tower(tower: SiglipVisionModel, old: nn.Module) -> None:
     norm, patches = old.pre_layrnorm, old.embeddings.patch_embedding.weight
     table = old.embeddings.position_embedding.weight[1:].unflatten(0, (16, 16))
     position = table[(16 - SIDE) // 2 :, (16 - SIDE) // 2 :][:SIDE, :SIDE].flatten(0, 1)  # the middle of the canvas
-    tiles = torch.cat([_pixels(_tile(Pictures("train"), seed)[0][None]) for seed in range(50)])
+    tiles = torch.cat([_pixels(_tile(seed)[0][None]) for seed in range(50)])
     seen = functional.conv2d(tiles, patches, stride=PATCH).flatten(2).transpose(1, 2) + position
     scale = norm.weight / (seen.var(-1, unbiased=False) + norm.eps).sqrt().mean()
 
@@ -181,6 +185,14 @@ def _start_tower(tower: SiglipVisionModel, old: nn.Module) -> None:
     tower.embeddings.position_embedding.weight.copy_(centred(position))
 
 
+def look(tower: SiglipVisionModel, tiles: torch.Tensor) -> torch.Tensor:
+    """What the projector reads of tiles (T, 3, 64, 64): the output of the last layer, not normalised, (T, 64, D)."""
+    x = tower.embeddings(tiles)
+    for layer in tower.encoder.layers:
+        x = layer(x, attention_mask=None)
+    return x
+
+
 def _pixels(tiles: np.ndarray) -> torch.Tensor:
     """Pixel values (T, 3, 64, 64) of tiles (T, 64, 64, 3) uint8."""
     return ((torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD).contiguous()
@@ -189,13 +201,16 @@ def _pixels(tiles: np.ndarray) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- tower
 
 
-def _tile(pictures: Pictures, seed: int) -> tuple[np.ndarray, np.ndarray, tuple[Actor, ...]]:
+def _tile(seed: int) -> tuple[np.ndarray, np.ndarray, tuple[Actor, ...]]:
     """A tile (64, 64, 3), the owners of its patches (8, 8) and what is in it. A quarter are crops of larger ones."""
     rng = random.Random(f"tile-{seed}")
-    down, across = (2, 2) if rng.random() < 0.25 else (1, 1)
-    picture = pictures.make(seed, (down, across))
-    y, x = rng.randrange(down), rng.randrange(across)
+    source = rng.choice(["crop", "picture", "pair", "pair"])
+    if source == "pair":
+        picture = Pairs("train")[seed].pictures[0]  # every second thing is a digit
+    else:
+        picture = Pictures("train").make(seed, (2, 2) if source == "crop" else (1, 1))
     image, owner = picture.pictures[0][0], picture.owners(PATCH)[0]
+    y, x = (rng.randrange(n // TILE) for n in image.shape[:2])
     cut = image[y * TILE : (y + 1) * TILE, x * TILE : (x + 1) * TILE]
     return cut, owner[y * SIDE : (y + 1) * SIDE, x * SIDE : (x + 1) * SIDE], picture.actors
 
@@ -300,12 +315,11 @@ def show_pairs(pairs: Sequence[Pair]) -> Shown:
 class Chronicle(nn.Module):
     """Training only: from the states of the language model at each token of a clip, what has happened so far.
 
-    Of the thing in the token: for how many frames it has been there, whether it has turned another colour, which way it
-    has moved; of a digit: how many digits came before it, and what shape vanished last before; of every token: the
-    number of its scene.
+    Of the thing in the token: where it is, whether it has turned another colour, which way it has moved; of a digit:
+    how many digits came before it, and what shape vanished last before; of every token: the number of its scene.
     """
 
-    SIZES = {"age": 9, "turned": 2, "moved": 5, "rank": 6, "gone": 9, "scene": 4}
+    SIZES = {"place": 9, "turned": 2, "moved": 5, "rank": 6, "gone": 9, "scene": 4}
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -317,7 +331,9 @@ class Chronicle(nn.Module):
         for level, state in zip(self.levels, states, strict=True):
             parts = level(state).float().flatten(0, 1).split(list(self.SIZES.values()), 1)
             for part, wanted in zip(parts, targets.flatten(0, 1).unbind(1), strict=True):
-                loss = functional.cross_entropy(part, wanted, ignore_index=-1, reduction="sum")
+                weight = torch.ones(part.shape[1])
+                weight[0] = 0.3  # mostly, nothing has happened yet
+                loss = functional.cross_entropy(part, wanted, weight, ignore_index=-1, reduction="sum")
                 total = total + loss / (wanted >= 0).sum().clamp(min=1)
         return total / 2
 
@@ -338,7 +354,9 @@ def chronicle(clip: Clip) -> np.ndarray:
         for frame in range(actor.start, actor.end):
             turned = int(actor.later is not None and frame >= actor.turning)
             moved = 1 + ways.index(actor.way) if actor.way and frame > actor.moving[0] else 0
-            table[frame, i + 1] = (min(8, frame - actor.start), turned, moved, rank, gone, 0)
+            (left, top), (height, width) = actor.place_at(frame), actor.opacity.shape
+            place = 3 * int(3 * (top + height / 2) / TILE) + int(3 * (left + width / 2) / TILE)
+            table[frame, i + 1] = (place, turned, moved, rank, gone, 0)
     for frame in range(clip.length):
         table[frame, :, 5] = clip.scene_at(frame)
     owners = clip.owners(2 * PATCH).reshape(-1, (SIDE // 2) ** 2)[clip.states]  # (frames, 16)
@@ -383,47 +401,44 @@ class Trainer:
     def tower(self) -> SiglipVisionModel:
         return self.model.model.vision_tower
 
-    def features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """(T, 64, D): what the projector reads."""
-        x = self.tower.embeddings(tiles)
-        for layer in self.tower.encoder.layers:
-            x = layer(x, attention_mask=None)
-        return x
-
     def hidden(self, shown: Shown, packed: Pack) -> torch.Tensor:
         """Final hidden states of the question slots, (B, K * SLOT, D)."""
         inner = self.model.model
         with torch.no_grad():
-            features = self.features(shown.tiles)
+            features = look(self.tower, shown.tiles)
         tokens = shown.tokens(inner.multi_modal_projector(features), inner.image_newline)
         return read(self.model, tokens, packed)
 
-    def tiles(self, stage: Stage, seeds: Sequence[int]) -> dict[str, torch.Tensor | float]:
-        made = [_tile(Pictures("train"), seed) for seed in seeds]
+    def tiles(self, seeds: Sequence[int]) -> dict[str, torch.Tensor | float]:
+        made = [_tile(seed) for seed in seeds]
         named = [_named(owner.ravel(), actors) for _, owner, actors in made]
         kind, tint = (torch.from_numpy(np.stack([pair[i] for pair in named])) for i in range(2))
         with torch.autocast("cpu", torch.bfloat16):
-            states = self.features(_pixels(np.stack([tile for tile, _, _ in made])))
+            states = look(self.tower, _pixels(np.stack([tile for tile, _, _ in made])))
             patch, right = self.heads.patch_loss(states, kind, tint)
             scene = self.heads.scene_loss(self.mixed[0], kind, tint)
         return {"loss": patch + 10 * scene, "patch": patch.item(), "scene": scene.item(), "kind": right}
 
-    def answers(self, stage: Stage, step: int) -> Iterator[dict[str, torch.Tensor | float]]:
-        """The losses of a step: clips of one length, and pictures of one size or pairs."""
+    def losses(self, stage: Stage, step: int) -> Iterator[dict[str, torch.Tensor | float]]:
+        """The losses of a step: tiles, clips of one length, and pictures of one size or pairs."""
         rng = random.Random(f"{stage.name}-{step}")
-        length = rng.randint(*stage.frames)
-        seeds = self.group.share(stage.first_seed + step * stage.batch, stage.batch)
-        data = Clips("train", stage.frames, stage.scenes)
-        shown = show_clips([data.make(seed, length) for seed in seeds])
-        targets = torch.from_numpy(np.stack([chronicle(clip) for clip in shown.clips]))
-        yield self.loss(shown, QUESTIONS, random.Random(f"{stage.name}-{seeds[0]}"), 1.0, targets)
-        layout = rng.choice(["pair", *PICTURES])
-        seeds = self.group.share(stage.first_seed + step * stage.stills, stage.stills)
-        if layout == "pair":
-            shown = show_pairs([Pairs("train")[seed] for seed in seeds])
-        else:
-            shown = show_pictures([Pictures("train").make(seed, layout) for seed in seeds])
-        yield self.loss(shown, STILL_QUESTIONS, random.Random(f"{stage.name}-{seeds[0]}-still"), 0.4)
+        if stage.tiles:
+            yield self.tiles(self.group.share(stage.first_seed + step * stage.tiles, stage.tiles))
+        if stage.clips:
+            length = rng.randint(*stage.frames)
+            seeds = self.group.share(stage.first_seed + step * stage.clips, stage.clips)
+            data = Clips("train", stage.frames, stage.scenes)
+            shown = show_clips([data.make(seed, length) for seed in seeds])
+            targets = torch.from_numpy(np.stack([chronicle(clip) for clip in shown.clips]))
+            yield self.loss(shown, QUESTIONS, random.Random(f"{stage.name}-{seeds[0]}"), 1.0, targets)
+        if stage.stills:
+            layout = rng.choice(["pair", *PICTURES])
+            seeds = self.group.share(stage.first_seed + step * stage.stills, stage.stills)
+            if layout == "pair":
+                shown = show_pairs([Pairs("train")[seed] for seed in seeds])
+            else:
+                shown = show_pictures([Pictures("train").make(seed, layout) for seed in seeds])
+            yield self.loss(shown, STILL_QUESTIONS, random.Random(f"{stage.name}-{seeds[0]}-still"), 0.4)
 
     def loss(
         self, shown: Shown, slots: int, rng: random.Random, weight: float, targets: torch.Tensor | None = None
@@ -453,67 +468,64 @@ class Trainer:
         scores = {name: hits[kinds == i].float().mean().item() for i, name in enumerate(QUESTION_TYPES)}
         return {"val": sum(scores.values()) / len(scores), **{f"val_{name}": score for name, score in scores.items()}}
 
-    def optimizer(self, stage: Stage) -> tuple[MuonAdamW, list[nn.Parameter]]:
-        """For tower and heads, or for all but the tower; the latter is one, with its momentum, for all stages."""
-        tower = [(f"tower.{n}", p) for n, p in self.tower.named_parameters() if "post_layernorm" not in n]
-        if not stage.stills:
-            named = tower + list(self.heads.named_parameters())
-            return MuonAdamW(named, stage.muon, stage.adamw), [p for _, p in named]
-        known = {id(p) for p in self.tower.parameters()}
-        named = [(n, p) for n, p in self.model.named_parameters() if id(p) not in known]
-        named += [(f"chronicle.{n}", p) for n, p in self.chronicle.named_parameters()]
-        self.carried = self.carried or MuonAdamW(named, stage.muon, stage.adamw)
-        return self.carried, [p for _, p in named]
+    def optimizers(self, stage: Stage) -> tuple[dict[str, MuonAdamW], list[nn.Parameter]]:
+        """For the tower with its heads and for the rest, as the stage trains them; the latter keeps its momentum."""
+        found, trained = {}, []
+        if stage.tiles:
+            named = [(f"tower.{n}", p) for n, p in self.tower.named_parameters() if "post_layernorm" not in n]
+            named += list(self.heads.named_parameters())
+            found["tower"] = MuonAdamW(named, stage.muon, stage.adamw, stage.tower)
+            trained += [p for _, p in named]
+        if stage.clips:
+            known = {id(p) for p in self.tower.parameters()}
+            named = [(n, p) for n, p in self.model.named_parameters() if id(p) not in known]
+            named += [(f"chronicle.{n}", p) for n, p in self.chronicle.named_parameters()]
+            self.carried = found["language"] = self.carried or MuonAdamW(named, stage.muon, stage.adamw)
+            trained += [p for _, p in named]
+        return found, trained
 
     def run(self, stage: Stage) -> None:
         """Train one stage, or what is left of it."""
-        optimizer, parameters = self.optimizer(stage)
+        optimizers, parameters = self.optimizers(stage)
         path = self.folder / f"{stage.name}.pt"
-        begin = self.resume(path, optimizer) if path.exists() else 0
+        begin = self.resume(path, optimizers) if path.exists() else 0
         gradients, sums = FlatGradients(parameters, self.group), {}
         for step in range(begin, stage.steps):
             gradients.zero()
-            losses: Iterator[dict[str, torch.Tensor | float]]
-            if stage.stills:
-                losses = self.answers(stage, step)
-            else:
-                seeds = self.group.share(stage.first_seed + step * stage.batch, stage.batch)
-                losses = iter([self.tiles(stage, seeds)])
-            for out in losses:
+            for out in self.losses(stage, step):
                 out.pop("loss").backward()
                 for name, value in out.items():
                     sums[name] = sums.get(name, 0.0) + value / REPORT_EVERY
             sums["norm"] = sums.get("norm", 0.0) + gradients.average() / REPORT_EVERY
             factor = schedule(step, stage.steps, stage.warmup, stage.floor)
-            optimizer.step(factor)
+            for name, optimizer in optimizers.items():
+                optimizer.step(schedule(step, stage.steps, stage.warmup, 0.02) if name == "tower" else factor)
             done = step + 1
             if done % REPORT_EVERY == 0:
                 if self.group.first:
-                    scores = self.validate() if stage.stills and done % (4 * REPORT_EVERY) == 0 else {}
-                    self.log.write(
-                        stage=stage.name, step=done, seen=done * stage.batch, factor=factor, **sums, **scores
-                    )
+                    scores = self.validate() if stage.clips and done % (4 * REPORT_EVERY) == 0 else {}
+                    self.log.write(stage=stage.name, step=done, factor=factor, **sums, **scores)
                 sums = {}
             if self.group.first and (done % SAVE_EVERY == 0 or done == stage.steps):
-                save(path, self.state(done, optimizer))
+                save(path, self.state(done, optimizers))
 
-    def state(self, step: int, optimizer: MuonAdamW) -> dict:
+    def state(self, step: int, optimizers: dict[str, MuonAdamW]) -> dict:
         return {
             "step": step,
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "chronicle": self.chronicle.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         }
 
-    def resume(self, path: Path, optimizer: MuonAdamW | None = None) -> int:
+    def resume(self, path: Path, optimizers: dict[str, MuonAdamW]) -> int:
         """Load a checkpoint; the number of steps it has behind it."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.chronicle.load_state_dict(state["chronicle"])
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
         return state["step"]
 
 
