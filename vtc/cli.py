@@ -1,4 +1,4 @@
-"""The command line: `vtc list`, `vtc bench`, `vtc eval`, `vtc flops`, `vtc show`, `vtc report`.
+"""The command line: `vtc list`, `vtc bench`, `vtc eval`, `vtc flops`, `vtc show`, `vtc explore`, `vtc report`.
 
 Thin on purpose: it reads arguments, calls the library and prints. What a user got wrong is one line on stderr and exit
 code 2; anything else is a bug and shows its traceback.
@@ -20,7 +20,9 @@ from vtc.errors import SpecError, VtcError
 if TYPE_CHECKING:
     from vtc.compressor import Compressor
 
-OPTIONAL = frozenset({"PIL", "jinja2", "lmms_eval", "matplotlib", "tabulate"})  # packages that come with an extra
+OPTIONAL = frozenset(
+    {"PIL", "gradio", "jinja2", "lmms_eval", "matplotlib", "tabulate"}
+)  # packages that come with an extra
 SPEC_HELP = """
 A SPEC names a strategy and, after a colon, its parameters:
   fastervlm    fastervlm:keep=64    todre:keep=0.25,pivot=mean
@@ -34,14 +36,19 @@ Name the strategies: where each acts (site), what it reads of the model
 """
 BENCH_HELP = (
     """
-Compare strategies on one model, with questions about pictures that come with
-the library.
+Compare strategies on one model, with questions about pictures and clips that
+come with the library.
 
 For each strategy and each budget it measures tokens in and out, prefill FLOPs,
 time to first token and its parts, decoding speed, the size of the key-value
 cache, accuracy per type of question, and agreement with the uncompressed model.
 Always there for comparison: no compression, no picture at all (blind), random
-tokens (three seeds), uniform and pool.
+tokens (three seeds), uniform, pool and, where the number of visual tokens depends
+on the size of a picture, a picture scaled down (downsample). The baselines also
+say which questions are difficult: those that a trivial compressor loses.
+
+With --random-weights there is no checkpoint: an architecture of ordinary size is
+measured on one made-up prompt, for time, memory and FLOPs, and asked nothing.
 """
     + SPEC_HELP
 )
@@ -49,6 +56,9 @@ BENCH_EXAMPLE = """
 examples:
   vtc bench --limit 100 --out first-look
   vtc bench --spec fastervlm --spec random --keep 0.5,0.25,28 --out results
+  vtc bench --model tiny-qwen2vl --limit 200 --out native-resolution
+  vtc bench --random-weights llava-onevision-0.5b --frames 16 --repeats 3 \\
+      --spec uniform --spec holitom --keep 0.15 --out times
 
 DIR then holds rows.jsonl (one object per setting), samples.jsonl (what became of
 each question), table.md and pareto.png. `vtc report DIR` makes a page of them.
@@ -108,14 +118,27 @@ examples:
   vtc show photo.jpg --question "What colour is the square?" --spec fastervlm --keep 28
   vtc show talk.mp4 --model PATH --question "Who speaks?" --spec holitom --out kept.gif
 """
+EXPLORE_HELP = """
+A page to play with, on this machine: drop a picture or a clip, type a question,
+choose one or two strategies and how much they keep, and see the answers, the
+tokens that were kept, FLOPs and time side by side with those of the uncompressed
+model. Whoever can reach the address can use it; by default that is this machine.
+"""
+EXPLORE_EXAMPLE = """
+examples:
+  vtc explore
+  vtc explore --model PATH --device cuda --dtype bfloat16
+"""
 REPORT_HELP = """
-Turn what `vtc bench` wrote into tables or a page, or compare two runs.
+Turn what `vtc bench` or `vtc eval` wrote into tables or a page, or compare two runs.
 
-RUN is the folder of a run or its rows.jsonl. Of one run: all settings with their
-costs, accuracy per type of question and, as html, plots to look into and questions
-on which a compressed model and the full one disagree, drawn. Of two: what changed
-from the first to the second, setting by setting, and whether that is more than
-noise (McNemar's exact test on the questions that both answered).
+RUN is the folder of a run, or its rows.jsonl or results.json. Of one run of
+`vtc bench`: all settings with their costs, accuracy per type of question, answers
+lost and gained, difficulty groups and, as html, plots to look into and questions
+on which a compressed model and the full one disagree, drawn. Of one run of
+`vtc eval`: scores and cost per task. Of two runs of a kind: what changed from the
+first to the second, and whether that is more than noise (McNemar's exact test on
+the questions that both answered).
 
 Formats:
   md       Markdown
@@ -182,6 +205,7 @@ def make_parser() -> Parser:
     _add_eval(commands)
     _add_flops(commands)
     _add_show(commands)
+    _add_explore(commands)
     _add_report(commands)
     return parser
 
@@ -245,7 +269,12 @@ def _cell(value: Any) -> str:
 def _add_bench(commands: Any) -> None:
     summary = "compare strategies on a model: accuracy, FLOPs, time, memory"
     parser = _command(commands, "bench", summary, BENCH_HELP, BENCH_EXAMPLE)
-    _add_model(parser)
+    _add_model(parser, random=True)
+    parser.add_argument(
+        "--task",
+        metavar="NAME",
+        help="bundled task to ask (default: what a bundled model was trained for, else scenes)",
+    )
     parser.add_argument(
         "--spec",
         action="append",
@@ -274,15 +303,29 @@ def _add_bench(commands: Any) -> None:
         help="how survivors are numbered, for all specs (default: what each paper's code does)",
     )
     parser.add_argument("--no-latency", action="store_true", help="measure no times; those columns stay empty")
+    parser.add_argument(
+        "--repeats", type=int, default=9, metavar="N", help="measurements of each time (default: %(default)s)"
+    )
+    made_up = parser.add_argument_group("the prompt for random weights")
+    made_up.add_argument("--text", type=int, metavar="N", help="tokens that show nothing (default: 64)")
+    made_up.add_argument("--frames", type=int, metavar="N", help="show a clip of N frames (default: a picture)")
+    made_up.add_argument("--size", metavar="WxH", help="pixels of the picture or of each frame (default: 640x480)")
     parser.set_defaults(command=run_bench, extra="eval")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_model(parser: argparse.ArgumentParser, random: bool = False) -> None:
+    which = parser.add_mutually_exclusive_group()
+    if random:
+        which.add_argument(
+            "--random-weights",
+            metavar="NAME_OR_PATH",
+            help="an architecture without its checkpoint: a bundled config, or a folder with a config.json",
+        )
+    which.add_argument(
         "--model",
         default="tiny-llava",
         metavar="NAME_OR_PATH",
-        help="a bundled model, or the folder of a LLaVA checkpoint (default: %(default)s)",
+        help="a bundled model, or the folder of a checkpoint (default: %(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a cpu)")
@@ -305,15 +348,35 @@ def parse_keeps(text: str) -> tuple[int | float, ...]:
     return tuple(keeps)
 
 
+def made_up_prompt(options: argparse.Namespace) -> Any:
+    """The prompt for random weights, or `None` for a model that is asked something."""
+    from vtc.eval.made_up import MadeUp
+
+    given = {name: getattr(options, name) for name in ("text", "frames", "size") if getattr(options, name) is not None}
+    if options.random_weights is None:
+        if given:
+            raise VtcError(f"--{next(iter(given))} describes the prompt for --random-weights; there is no such here")
+        return None
+    if size := given.pop("size", None):
+        edges = size.lower().split("x")
+        if len(edges) != 2 or not all(edge.isdecimal() for edge in edges):
+            raise VtcError(f"--size: '{size}' is not width x height in pixels, for example 640x480")
+        given |= {"width": int(edges[0]), "height": int(edges[1])}
+    return MadeUp(**given)
+
+
 def run_bench(options: argparse.Namespace) -> int:
     """`vtc bench`."""
     import matplotlib  # noqa: F401  # the plot comes last, but without this package nothing should begin
 
-    from vtc.eval import bench, plot, table
+    from vtc.eval import bench, plot, report
 
     quiet()
     chosen = bench.Options(
-        model=options.model,
+        model=options.random_weights or options.model,
+        made_up=made_up_prompt(options),
+        task=options.task,
+        repeats=options.repeats,
         specs=tuple(options.spec),
         keeps=parse_keeps(options.keep),
         limit=options.limit,
@@ -325,13 +388,14 @@ def run_bench(options: argparse.Namespace) -> int:
         positions=options.positions,
         latency=not options.no_latency,
     )
-    rows = bench.run(chosen, options.out, overwrite=options.overwrite, go_on=options.resume, progress=True)
-    text = table.render(rows)
+    bench.run(chosen, options.out, overwrite=options.overwrite, go_on=options.resume, progress=True)
+    run = report.load(options.out)
+    text = report.markdown(run)
     (options.out / "table.md").write_text(text, encoding="utf-8")
-    plot.pareto(rows, options.out / "pareto.png")
+    plotted = plot.pareto(run.rows, options.out / "pareto.png")
     print(text)
-    names = ", ".join(str(options.out / name) for name in ("rows.jsonl", "table.md", "pareto.png"))
-    print(f"Written: {names}")
+    there = {"rows.jsonl": True, "samples.jsonl": bool(run.samples), "table.md": True, "pareto.png": plotted}
+    print(f"Written: {', '.join(str(options.out / name) for name, written in there.items() if written)}")
     return 0
 
 
@@ -553,6 +617,37 @@ def run_show(options: argparse.Namespace) -> int:
     for name, answer in answers.items():
         print(f"{name.ljust(width)}  {answer}")
     print(f"Written: {options.out}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------ vtc explore
+
+
+def _add_explore(commands: Any) -> None:
+    parser = _command(commands, "explore", "a page to play with, in a browser", EXPLORE_HELP, EXPLORE_EXAMPLE)
+    _add_model(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: %(default)s, this machine only)"
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="to listen on (default: a free one from 7860 on)")
+    parser.add_argument(
+        "--frames", type=int, default=8, metavar="N", help="frames of a clip that the model sees (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    parser.set_defaults(command=run_explore, extra="explore")
+
+
+def run_explore(options: argparse.Namespace) -> int:
+    """`vtc explore`."""
+    from vtc.eval import explore_page
+    from vtc.eval.bench import Options
+    from vtc.eval.explore import Shelf
+
+    quiet()
+    chosen = Options(model=options.model, attention=options.attn, dtype=options.dtype, device=options.device)
+    explore_page.serve(Shelf(chosen, options.frames, options.max_new_tokens), options.host, options.port)
     return 0
 
 
