@@ -42,7 +42,7 @@ from torch import nn
 import vtc
 from vtc.adapters import find
 from vtc.eval import latency
-from vtc.eval.bench import device_name
+from vtc.eval.conditions import device_name
 from vtc.eval.checkpoints import random_weights
 from vtc.eval.estimate import frame_tokens
 

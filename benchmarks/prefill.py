@@ -27,7 +27,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vtc
 from vtc.eval import latency
-from vtc.eval.bench import device_name
+from vtc.eval.conditions import device_name
 
 IMAGE = 5
 SIZES: dict[str, dict[str, int]] = {

@@ -231,12 +231,12 @@ def measure(
         model: an uncompressed model.
         inputs: one batch of prompts, without padding.
         setting: makes the context in which the model is compressed, for example `lambda: vtc.compress(model, spec)`.
-        baseline: inputs of the uncompressed model, if they are not `inputs`.
+        baseline: inputs of the uncompressed model, if they are not `inputs`: there the picture is smaller, or missing.
         repeats: measurements that count.
         warmup: measurements before that, which do not.
         decode_tokens: tokens generated in each, the first included.
     """
-    baseline = inputs if baseline is None else baseline
+    same, baseline = baseline is None, inputs if baseline is None else baseline
     bare: list[Run] = []
     ours: list[Run] = []
     ideal: list[float] = []
@@ -248,8 +248,8 @@ def measure(
         with setting() as session:
             run(model, inputs)
             mine = run(model, inputs, decode_tokens)
-        # Without visual input (the blind floor) encoder and projector do not run in the ideal either.
-        around = reference if mine.images else mine
+        # With a smaller picture, or none (the blind floor), encoder and projector do as little in the ideal.
+        around = reference if same else mine
         short = around.ttft - around.parts["prefill"] + _bare_layers(model, batch, session, mine.length)
         if repeat >= warmup:
             bare.append(reference)

@@ -69,7 +69,8 @@ def load(path: Path) -> Run:
     beside = "samples.jsonl" if file.name == "rows.jsonl" else f"{file.stem}.samples.jsonl"
     rows = _rows(file)
     samples = file.with_name(beside)
-    return Run(str(path), rows, _samples(samples, {row["spec"] for row in rows}) if samples.exists() else {})
+    there = samples.exists() and samples.stat().st_size > 0  # random weights are asked nothing
+    return Run(str(path), rows, _samples(samples, {row["spec"] for row in rows}) if there else {})
 
 
 def report(paths: Sequence[Path], form: str, *, drawings: int = 12) -> str:

@@ -13,7 +13,10 @@ from vtc.errors import VtcError
 from vtc.eval import lines
 
 Row = dict[str, Any]
-SAME = ("model", "task", "n", "family", "device", "dtype", "attention", "threads", "flops_convention", "versions")
+SAME = (
+    *("model", "task", "prompt", "n", "family", "device", "dtype", "attention", "threads", "flops_convention"),
+    "versions",
+)
 
 
 @dataclass(frozen=True)

@@ -287,12 +287,13 @@ def test_baselines_join_every_run() -> None:
         *("random:keep=0.25", "random:keep=0.25,seed=1", "random:keep=0.25,seed=2"),
         "uniform:keep=0.25",
         "pool:keep=0.25",
+        "downsample:keep=0.25",
     ]
 
 
 def test_no_setting_occurs_twice() -> None:
     found = specs(specs=("random", "pool", "pool:keep=0.25", "none", "uniform"), keeps=(0.25, 9))
-    assert len(found) == len(set(found)) == 2 + 2 * 3 + 2 * 2
+    assert len(found) == len(set(found)) == 2 + 2 * 3 + 2 * 3
 
 
 def test_specs_are_composed_and_the_first_budget_varies() -> None:
@@ -327,7 +328,7 @@ def test_random_with_a_seed_is_that_seed_and_the_baseline_starts_at_the_seed_giv
 
 def test_without_specs_all_strategies_run() -> None:
     names = {setting.name for setting in bench.settings(bench.Options(keeps=(0.5,)))}
-    assert names == {*vtc.available(), "blind"}
+    assert names == {*vtc.available(), "blind", "downsample"}
 
 
 def test_a_strategy_that_keeps_nothing_runs_once_and_no_baseline_follows_it() -> None:
