@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vtc import adapters, zoo
 from vtc.errors import UnsupportedModelError, VtcError
-from vtc.eval import accuracy, checkpoints, latency, lines, resume, tasks
+from vtc.eval import accuracy, checkpoints, downsample, latency, lines, resume, tasks
 from vtc.eval.conditions import environment
 from vtc.eval.costs import Sizes, sizes
 from vtc.eval.items import Item
@@ -75,7 +75,7 @@ class Bench:
         for setting in plan:
             if setting.scaled is not None and self.prompts.fixed:
                 if any(spec.startswith(DOWNSAMPLE) for spec in self.options.specs):
-                    raise UnsupportedModelError(f"{DOWNSAMPLE}: {self.remarks()[0]}")
+                    raise UnsupportedModelError(f"{DOWNSAMPLE}: {self.remarks([])[0]}")
                 continue
             try:
                 with setting.on(self.model):
@@ -85,15 +85,17 @@ class Bench:
                     raise
         return found
 
-    def remarks(self) -> list[str]:
+    def remarks(self, plan: Sequence[Setting]) -> list[str]:
         """What is to be known of the run as a whole."""
-        if not self.prompts.fixed:
-            return []
-        tokens = count(adapters.find(self.model), self.prompts.one(Setting("none")))
-        return [
-            f"no down-sampling baseline: the {adapters.find(self.model).family} model makes {tokens} visual tokens of "
-            "such a prompt, however small what it shows is"
-        ]
+        least, most = self.prompts.reach
+        if self.prompts.fixed:
+            family = adapters.find(self.model).family
+            shown = f"no down-sampling baseline: {family} makes {most} visual tokens of such a prompt"
+            return [f"{shown}, however small the pictures or frames in it are"]
+        wanted = [downsample.budget(one.scaled, most, 1) for one in plan if one.scaled is not None]
+        if wanted and least > min(wanted):
+            return [f"downsample: of {most} visual tokens the processor leaves {least} at least, also of tiny pictures"]
+        return []
 
     def try_out(self, plan: Sequence[Setting]) -> list[Sizes]:
         """Every setting on one prompt: a mistake in the last one shows before the first is measured."""
@@ -137,12 +139,13 @@ class Bench:
                 for batch in usual
                 for row, counts in zip(batch.rows, zip(*self._visual(batch).values(), strict=True), strict=True)
             }
+            remarks = self.remarks(plan)
             for setting, shape in todo:
                 bar.set_description(setting.spec, refresh=False)
                 timing = self._time(setting) if self.options.latency else None
                 if not items:
                     bar.update()
-                    yield self._row(setting, shape, shapes[0], timing), []
+                    yield self._row(setting, shape, shapes[0], timing, remarks), []
                     continue
                 other = setting.blind or setting.scaled is not None
                 batches = self.prompts.batches(setting) if other else usual
@@ -150,7 +153,7 @@ class Bench:
                 reference = answers if reference is None else reference
                 if setting.scaled is not None:
                     seen = [{**one, "tokens_in": full[row]} for row, one in enumerate(seen)]
-                row = self._row(setting, shape, shapes[0], timing)
+                row = self._row(setting, shape, shapes[0], timing, remarks)
                 yield row | self._scores(answers, reference, seen), self._samples(setting, answers, reference, seen)
 
     def _time(self, setting: Setting) -> latency.Latency:
@@ -215,7 +218,9 @@ class Bench:
             )
         return samples
 
-    def _row(self, setting: Setting, shape: Sizes, full: Sizes, timing: latency.Latency | None) -> Row:
+    def _row(
+        self, setting: Setting, shape: Sizes, full: Sizes, timing: latency.Latency | None, remarks: list[str]
+    ) -> Row:
         """Everything about a setting but its answers, which are empty."""
         empty = dict.fromkeys((item.name for item in fields(latency.Latency)), None)
         measured = {**empty, **asdict(shape)} if timing is None else {**asdict(shape), **asdict(timing)}
@@ -233,7 +238,7 @@ class Bench:
             "n": 0,
             "seed": getattr(setting.compressor, "seed", self.options.seed),
             "positions": getattr(setting.compressor, "positions", None),
-            "remarks": self.remarks() if setting.name == "none" else [],
+            "remarks": remarks if setting.name == "none" else [],
             **environment(self.model),
         }
 

@@ -17,6 +17,7 @@ from vtc.eval.items import Medium
 
 STEPS = 256  # scales are tried in steps of this part of the full size
 SMALLEST = 8  # of these steps: a thousandth of the pixels
+LEAST = SMALLEST / STEPS
 
 
 def budget(keep: int | float, tokens: int, media: int) -> int:
@@ -29,7 +30,7 @@ def search(count: Callable[[float], int], most: int) -> float:
 
     `count` must not rise as the scale falls, as far as it matters: what is found always meets the bound.
     """
-    most = max(most, count(SMALLEST / STEPS))
+    most = max(most, count(LEAST))
     low, high = SMALLEST, STEPS + 1  # `low` meets the bound
     while high - low > 1:
         middle = (low + high) // 2

@@ -12,7 +12,7 @@ Groups are made anew for each budget. So scores at two budgets are about differe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 from vtc.eval.accuracy import Score, wilson
@@ -69,7 +69,8 @@ def tables(rows: Sequence[Row], samples: Samples) -> list[Table]:
     """What became of the full model's answers, and the scores in the groups of each budget."""
     if len(samples.get("none", {})) == 0:
         return []
-    return [transitions(rows, samples), *(_table(one, rows, samples) for one in divide(rows, samples))]
+    found = [_table(one, rows, samples) for one in divide(rows, samples)]
+    return [transitions(rows, samples), *(replace(one, notes="") for one in found[:-1]), *found[-1:]]
 
 
 # -------------------------------------------------------------------------------------------------------- transitions

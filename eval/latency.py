@@ -232,8 +232,8 @@ def measure(
         inputs: one batch of prompts, without padding.
         setting: makes the context in which the model is compressed, for example `lambda: vtc.compress(model, spec)`.
         baseline: inputs of the uncompressed model, if they are not `inputs`: there the picture is smaller, or missing.
-        repeats: measurements that count.
-        warmup: measurements before that, which do not.
+        repeats: measurements that count, at least two.
+        warmup: measurements before that, which do not; fewer than `repeats`.
         decode_tokens: tokens generated in each, the first included.
     """
     same, baseline = baseline is None, inputs if baseline is None else baseline
@@ -241,6 +241,7 @@ def measure(
     ours: list[Run] = []
     ideal: list[float] = []
     batch = inputs["input_ids"].shape[0]
+    warmup = min(warmup, repeats - 1)
     for repeat in range(warmup + repeats):
         # Each timed run follows an untimed one: the first call of a session checks its selection, later calls do not.
         run(model, baseline)

@@ -121,10 +121,11 @@ def settings(options: Options) -> list[Setting]:
     if not options.keeps:
         raise SpecError("--keep names no budget: give at least one, for example 0.25")
     specs = options.specs or tuple(name for name in available() if name != "none")
-    asked = [one for spec in specs if not _scales(spec) for one in _expand(spec, options.keeps, options.seed)]
+    seeds = SEEDS if options.made_up is None else 1  # where nothing is answered, seeds do not differ
+    asked = [one for spec in specs if not _scales(spec) for one in _expand(spec, options.keeps, options.seed, seeds)]
     scaled = [keep for spec in specs if _scales(spec) for keep in _scaled(spec, options.keeps)]
     keeps = _distinct([*(one[0].keep for one in asked if one[0].keep), *scaled]) or options.keeps  # baselines keep some
-    usual = [one for name in BASELINES for one in _expand(name, keeps, options.seed)]
+    usual = [one for name in BASELINES for one in _expand(name, keeps, options.seed, seeds)]
     found: dict[str, Setting] = {}
     for compressors in [*asked, *usual]:
         if options.positions is not None:
@@ -147,7 +148,7 @@ def budgets(spec: str, keeps: Sequence[int | float]) -> list[tuple[Compressor, .
     return [(replace(first, keep=keep), *others) for keep in keeps]
 
 
-def _expand(spec: str, keeps: Sequence[int | float], seed: int) -> list[tuple[Compressor, ...]]:
+def _expand(spec: str, keeps: Sequence[int | float], seed: int, seeds: int) -> list[tuple[Compressor, ...]]:
     """The settings that a spec stands for: its budgets, and several seeds of `random` unless it names one."""
     if as_compressors(spec)[0].name == "none":
         return []  # every run has it
@@ -155,15 +156,17 @@ def _expand(spec: str, keeps: Sequence[int | float], seed: int) -> list[tuple[Co
     first = found[0][0]
     if first.name != "random" or "seed" in _named(spec):
         return found
-    return [(parse(f"{one},seed={seed + k}"), *others) for one, *others in found for k in range(SEEDS)]
+    return [(parse(f"{one},seed={seed + k}"), *others) for one, *others in found for k in range(seeds)]
 
 
 def _scales(spec: str) -> bool:
-    return spec.partition(":")[0].strip() == DOWNSAMPLE
+    return spec.partition("+")[0].partition(":")[0].strip() == DOWNSAMPLE
 
 
 def _scaled(spec: str, keeps: Sequence[int | float]) -> list[int | float]:
     """The budgets of `downsample` or `downsample:keep=0.25`. It is no compressor, so nothing else can be set."""
+    if "+" in spec:
+        raise SpecError(f"{spec}: downsample is no compressor, so nothing can follow it; give it alone")
     if others := _named(spec) - {"keep", ""}:
         raise SpecError(f"{spec}: downsample has no '{others.pop()}'; all that can be set is keep")
     return [one.keep for one, *_ in budgets(spec.replace(DOWNSAMPLE, BASELINES[1], 1), keeps)]

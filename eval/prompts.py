@@ -36,6 +36,11 @@ class Prompts(Protocol):
         """Whether the number of visual tokens is the same at every scale, so that there is no `downsample`."""
         ...
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Visual tokens of the prompt that is timed, at the smallest scale and at full size."""
+        ...
+
     def one(self, setting: Setting) -> dict[str, Tensor]:
         """The prompt that is timed, where the model is."""
         ...
@@ -69,8 +74,11 @@ class Asked:
     @cached_property
     def fixed(self) -> bool:
         shapes = {tuple(map(downsample.shape, item.media)): item for item in self.items}
-        least = downsample.SMALLEST / downsample.STEPS
-        return all(self.count(item, least) == self.count(item) for item in shapes.values())
+        return all(self.count(item, downsample.LEAST) == self.count(item) for item in shapes.values())
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        return self.count(self._typical, downsample.LEAST), self.count(self._typical)
 
     def one(self, setting: Setting) -> dict[str, Tensor]:
         item = self._as(setting, self._typical)
@@ -109,10 +117,13 @@ class Invented:
     made_up: MadeUp
     items: Sequence[Item] = ()
 
-    @cached_property
+    @property
     def fixed(self) -> bool:
-        least = downsample.SMALLEST / downsample.STEPS
-        return self.made_up.tokens(self.model, least) == self.made_up.tokens(self.model)
+        return len(set(self.reach)) == 1
+
+    @cached_property
+    def reach(self) -> tuple[int, int]:
+        return self.made_up.tokens(self.model, downsample.LEAST), self.made_up.tokens(self.model)
 
     def one(self, setting: Setting) -> dict[str, Tensor]:
         return self.made_up.inputs(self.model, scale=self._scale(setting), blind=setting.blind)
@@ -123,5 +134,5 @@ class Invented:
     def _scale(self, setting: Setting) -> float:
         if setting.scaled is None:
             return 1.0
-        most = downsample.budget(setting.scaled, self.made_up.tokens(self.model), 1)
+        most = downsample.budget(setting.scaled, self.reach[1], 1)
         return downsample.search(lambda scale: self.made_up.tokens(self.model, scale), most)
