@@ -64,6 +64,17 @@ class MadeUp:
         Raises:
             VtcError: a clip for a model that takes none.
         """
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+            for name, value in self._make(model, scale, blind).items()
+        }
+
+    def tokens(self, model: Any, scale: float = 1.0) -> int:
+        """Visual tokens that the model makes of it."""
+        return count(adapters.find(model), self._make(model, scale, blind=False))
+
+    def _make(self, model: Any, scale: float, blind: bool) -> dict[str, Tensor]:
+        """`inputs`, not yet where the model is."""
         adapter = adapters.find(model)
         config: Any = adapter.multimodal.config
         random = torch.Generator().manual_seed(0)
@@ -92,14 +103,7 @@ class MadeUp:
             made["batch_num_images"] = torch.tensor([1])
         if "second_per_grid_ts" in takes and kind == "video" and runs:
             made["second_per_grid_ts"] = torch.ones(1)
-        return {
-            name: value.to(model.device, model.dtype if name.startswith("pixel") else value.dtype)
-            for name, value in made.items()
-        }
-
-    def tokens(self, model: Any, scale: float = 1.0) -> int:
-        """Visual tokens that the model makes of it."""
-        return count(adapters.find(model), self.inputs(model, scale=scale))
+        return made
 
 
 def count(adapter: Adapter, inputs: dict[str, Tensor]) -> int:
