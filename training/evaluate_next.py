@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlavaNextForConditionalGeneration
@@ -24,19 +25,20 @@ from training import packing
 from training.evaluate import table
 from training.tiny_llava_next import SIDE, hidden, layout, owners
 from vtc.compressor import Compressor, as_compressors
-from vtc.eval import accuracy
+from vtc.eval import accuracy, posters
 from vtc.eval.items import Item, Question, digest, majority
-from vtc.eval.posters import QUESTION_TYPES, QUESTIONS_PER_POSTER
+from vtc.eval.posters import QUESTION_TYPES
 from vtc.selection import Selection
 from vtc.visual import Encoder, Visual
 
 KEEPS = (0.5, 0.25, 0.11, 0.05, 0.02)
 SEEDS = range(3)
-# Each group reads the same of the encoder, so it shares a pass; the label of a spec is the line of the card.
-GROUPS = (
+Groups = tuple[tuple[str, ...], ...]
+# The strategies of a group read the same of the encoder and share a pass. The first reads [CLS] in the feature layer.
+GROUPS: Groups = (
+    ("fastervlm",),
     ("globalcom2", "globalcom2:formula=zscore"),
     ("globalcom2:formula=code",),
-    ("fastervlm",),
     ("vtc-cls",),
     ("todre",),
     ("divprune", "uniform", "pool", *(f"random:seed={seed}" for seed in SEEDS)),
@@ -66,7 +68,8 @@ class Spy(Compressor):
 
     def select(self, visual: Visual) -> Selection:
         self.chosen = {key: strategy.select(visual) for key, strategy in self.strategies.items()}
-        self.features, self.saliency = visual.features, visual.saliency if "cls" in self.needs else None
+        self.features = visual.features
+        self.saliency = visual.saliency if "cls" in self.needs else None
         return Selection.keep(torch.arange(self.budget(visual.layout))[None], visual.layout.tokens)
 
 
@@ -89,55 +92,46 @@ Scores = dict[tuple[str, float], Score]
 class Measurement:
     """All scores, by (strategy, keep)."""
 
-    def __init__(self, model: LlavaNextForConditionalGeneration, processor: object) -> None:
-        self.model, self.processor = model, processor
+    def __init__(
+        self,
+        model: LlavaNextForConditionalGeneration,
+        processor: Any,
+        groups: Groups = GROUPS,
+        keeps: Sequence[float] = KEEPS,
+    ) -> None:
+        self.model, self.processor, self.keeps = model, processor, keeps
         self.spies = [
-            Spy(strategies={(name, keep): as_compressors(spec(name, keep))[0] for name in names for keep in KEEPS})
-            for names in GROUPS
+            Spy(strategies={(name, keep): as_compressors(spec(name, keep))[0] for name in names for keep in keeps})
+            for names in groups
         ]
         self.scores: Scores = {}
 
     @torch.inference_mode()
-    def poster(self, group: Sequence[Item], curve: bool) -> None:
+    def poster(self, group: Sequence[Item], curve: bool = True) -> None:
         """All questions about one poster; without `curve` only with all tokens, none, and parts of the picture."""
         inputs = accuracy.process(self.processor, [group[0].question], [group[0].media])
-        packed = packing.pack(
-            [[Question(item.type, item.question, item.answer) for item in group]],
-            QUESTIONS_PER_POSTER,
-            types=QUESTION_TYPES,
-        )
-        image = group[0].scene.image
-        owner, _ = owners(group[0].scene)
-        place = layout(*image.shape[:2]).order  # (N,)
-        owner = torch.cat([torch.from_numpy(owner).flatten(), torch.zeros(1, dtype=torch.long)])[place]  # (N,)
-        total = len(place)
-        for spy in self.spies if curve else self.spies[2:3]:
+        rows = [[Question(item.type, item.question, item.answer) for item in group]]
+        packed = packing.pack(rows, len(group), types=QUESTION_TYPES)
+        place = layout(*group[0].scene.image.shape[:2]).order  # (N,)
+        patches = torch.from_numpy(owners(group[0].scene)[0]).flatten()
+        owner = torch.cat([patches, patches.new_zeros(1)])[place]  # (N,): the newline shows nothing
+        for spy in self.spies if curve else self.spies[:1]:
             with vtc.compress(self.model, spy):
                 self.model.model(**inputs)
-            (features,) = spy.features  # (N, D)
-            if len(features) != total:
-                raise RuntimeError(f"{len(features)} visual tokens where the layout has {total}")
             for key, selection in spy.chosen.items() if curve else ():
-                self.note(key, packed, selection, features, owner)
-            if "fastervlm" not in str(list(spy.strategies)):
-                continue
-            everything = torch.arange(total)
-            for name, kept in (
-                ("all", everything),
-                ("blind", everything[:0]),
-                ("thumbnail", everything[: SIDE**2]),
-                ("crops", everything[SIDE**2 :]),
-            ):
-                self.note((name, 0), packed, Selection.keep(kept[None], total), features, owner)
-            noise = torch.rand(total, generator=torch.Generator().manual_seed(0))
-            newline = place == place.max()
-            for keep in KEEPS if curve else ():
-                count = max(1, int(total * keep + 0.5))
-                seen = (owner > 0) + 0.5 * noise
-                least = spy.saliency[0].mean(0).masked_fill(newline, torch.inf)  # newlines have no attention
-                for name, order in (("oracle foreground", seen), ("anti-[CLS]", -least)):
-                    kept = order.topk(count).indices[None]
-                    self.note((name, keep), packed, Selection.keep(kept, total), features, owner)
+                self.note(key, packed, selection, spy.features[0], owner)
+        features, total = self.spies[0].features[0], len(place)
+        everything = torch.arange(total)
+        parts = {"all": everything, "blind": everything[:0]}
+        parts |= {"thumbnail": everything[: SIDE**2], "crops": everything[SIDE**2 :]}
+        for name, kept in parts.items():
+            self.note((name, 0), packed, Selection.keep(kept[None], total), features, owner)
+        saliency = self.spies[0].saliency[0, 0].masked_fill(place == place.max(), torch.inf)  # newlines have none
+        noise = torch.rand(total, generator=torch.Generator().manual_seed(0))
+        for keep in self.keeps if curve else ():
+            for name, order in (("oracle foreground", (owner > 0) + 0.5 * noise), ("anti-[CLS]", -saliency)):
+                kept = order.topk(max(1, int(total * keep + 0.5))).indices
+                self.note((name, keep), packed, Selection.keep(kept[None], total), features, owner)
 
     def note(
         self,
@@ -160,7 +154,7 @@ class Measurement:
 
 
 @torch.inference_mode()
-def generated(model: LlavaNextForConditionalGeneration, processor: object, items: Sequence[Item]) -> list[bool]:
+def generated(model: LlavaNextForConditionalGeneration, processor: Any, items: Sequence[Item]) -> list[bool]:
     """Whether `generate` answers right, through the processor and the chat template, one question at a time."""
     right = []
     for item in items:
@@ -227,8 +221,6 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="write README.md and accuracy.json into the folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    from vtc.eval import posters
-
     model, processor = vtc.zoo.load(str(arguments.folder))
     items = list(posters.questions(arguments.split, arguments.limit))
     most = len(items) if arguments.curve is None else arguments.curve
@@ -238,7 +230,7 @@ def main() -> None:
         measurement.poster(group, curve=done + len(group) <= most)
         done += len(group)
     scores = measurement.scores
-    counted = len(scores[GROUPS[0][0], KEEPS[0]].right)
+    counted = len(scores["fastervlm", KEEPS[0]].right)
     whole = scores["all", 0]
     again = generated(model, processor, items[: arguments.generate])
     agree = sum(a == b for a, b in zip(again, whole.right, strict=False))

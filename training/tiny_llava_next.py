@@ -67,8 +67,8 @@ class Stage:
 
 STAGES = (
     Stage("tiles", 450, 24, 0.008, 1e-3, 0.01, 100, 0),
-    Stage("answers", 400, 24, 0.015, 1e-3, 1.0, 60, 10_000_000, answers=True),
-    Stage("settle", 500, 24, 0.015, 1e-3, 0.005, 1, 20_000_000, answers=True),
+    Stage("answers", 300, 24, 0.015, 1e-3, 1.0, 60, 10_000_000, answers=True),
+    Stage("settle", 450, 24, 0.015, 1e-3, 0.005, 1, 20_000_000, answers=True),
 )
 SAVE_EVERY = 50
 REPORT_EVERY = 25
