@@ -151,16 +151,18 @@ class Scenes:
         # Drawn first, so that counts are about equally frequent answers; large ones find room in large pictures only.
         asked = rng.choices(range(MAX_COUNT + 1), (3, 3, 2, 2, 2))[0]
         asked = asked if asked <= most else rng.randint(0, 1)
-        total = max(total, asked)
+        several = asked if asked >= 2 else 3 if most >= 3 and rng.random() < 0.7 else 0
+        total = max(total, several)
         kinds = [rng.choices(("shape", "digit", "word"), (4, 2, 4))[0] for _ in range(total)]
+        kinds[:several] = ["shape"] * several
         # A second word would make questions about "the word" ambiguous.
         kinds = ["shape" if kind == "word" and "word" in kinds[:i] else kind for i, kind in enumerate(kinds)]
-        if 2 <= asked <= total:
-            kinds[:asked] = ["shape"] * asked
         names = {"shape": SHAPES, "digit": DIGITS, "word": WORDS}
         plan = [(kind, rng.choice(names[kind])) for kind in kinds]
-        if 2 <= asked <= total:
-            plan[:asked] = [plan[0]] * asked
+        if asked >= 2:
+            plan[:several] = [plan[0]] * several
+        else:  # three different shapes, to ask which is on one side of another
+            plan[:several] = [("shape", name) for name in rng.sample(SHAPES, several)]
         rng.shuffle(plan)
         return sorted(plan, key=lambda thing: thing[0] != "word"), asked  # the widest things find room first
 
@@ -315,8 +317,10 @@ def _ask_picture(rng: random.Random, things: list[Thing], height: int, width: in
 
 
 def _ask_relations(shapes: list[Thing], single: list[Thing]) -> Iterator[Question]:
-    """Questions for the one kind of shape on one side of another, clearly on that side."""
+    """Questions for the one kind of shape on one side of another, clearly on that side, where others are elsewhere."""
     for shape in single:
+        if len({other.name for other in shapes}) < 3:
+            continue  # the other kind would be the answer whatever the side
         for side in SIDES:
             axis, sign = (0 if side in SIDES[:2] else 1), (-1 if side in ("left of", "above") else 1)
             ahead = [(sign * (other.centre[axis] - shape.centre[axis]), other.name) for other in shapes]

@@ -21,6 +21,7 @@ import argparse
 import functools
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,8 +82,8 @@ class Stage:
 STAGES = (
     Stage("crops", 150, (96,), 16, 0.02, 2e-3, 0.3, 20, 0, crops=True),
     Stage("media", 100, (24, 24), 12, 0.02, 2e-3, 0.3, 20, 10_000_000),
-    Stage("joint", 900, (14, 14), 8, 0.02, 1e-3, 1.0, 50, 20_000_000, answers=True, tower=0.5),
-    Stage("settle", 900, (14, 14), 8, 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
+    Stage("joint", 1200, (14, 14), 8, 0.02, 1e-3, 1.0, 50, 20_000_000, answers=True, tower=0.5),
+    Stage("settle", 1200, (14, 14), 8, 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
 )
 SAVE_EVERY = 50
 REPORT_EVERY = 25
@@ -228,14 +229,18 @@ def answers(
     grid: tuple[int, int, int],
     packed: packing.Pack,
     kept: torch.Tensor | None = None,
+    line: bool = False,
 ) -> torch.Tensor:
     """Final hidden states of the question slots, (B, K * SLOT, D).
 
     `tokens` (B, T * rows * columns, D) are what the merger makes; `grid` is (T, rows, columns). `kept` (B, n),
-    ascending, drops all others before the language model; the rest keep their positions.
+    ascending, drops all others before the language model; the rest keep their positions. `line` numbers everything in
+    one line instead, without rows and columns.
     """
     batch = len(tokens)
     place, first = positions(*grid)
+    if line:
+        place, first = torch.arange(place.shape[1]).expand(3, -1), place.shape[1]
     place = place[:, None].expand(-1, batch, -1)  # (3, B, P)
     if kept is not None:
         tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -260,48 +265,60 @@ class Targets:
 
     kind: torch.Tensor  # index into KINDS
     tint: torch.Tensor  # index into TINTS, -1 on background
-    place: torch.Tensor  # quadrant of the thing's centre; -1 on background, near the middle lines and in clips
     motion: torch.Tensor  # index into MOTIONS; -1 on background and in pictures
 
 
 def targets(scenes: Sequence[Scene]) -> Targets:
     # One more row than things, the first for background.
     most = 1 + max(len(scene.things) for scene in scenes)
-    table = torch.zeros(len(scenes), most, 4, dtype=torch.long)
+    table = torch.zeros(len(scenes), most, 3, dtype=torch.long)
     table[:, :, 1:] = -1
     for b, scene in enumerate(scenes):
-        frames, height, width, _ = scene.frames.shape
+        clip = len(scene.frames) > 1
         for i, thing in enumerate(scene.things):
-            x, y = thing.centre[0] / width - 0.5, thing.centre[1] / height - 0.5
-            place = -1 if frames > 1 or min(abs(x), abs(y)) < 0.05 else 2 * (y > 0) + (x > 0)
-            motion = MOTIONS.index(thing.way) if frames > 1 else -1
-            table[b, i + 1] = torch.tensor([KINDS.index(thing.name), TINTS.index(thing.colour), place, motion])
+            motion = MOTIONS.index(thing.way) if clip else -1
+            table[b, i + 1] = torch.tensor([KINDS.index(thing.name), TINTS.index(thing.colour), motion])
     owner = blocks(torch.from_numpy(np.stack([scene.owner for scene in scenes]))).flatten(1)  # (B, T * N)
-    return Targets(*table.gather(1, owner[..., None].expand(-1, -1, 4)).unbind(-1))
+    return Targets(*table.gather(1, owner[..., None].expand(-1, -1, 3)).unbind(-1))
 
 
 class Heads(nn.Module):
-    """Training only: name what every patch shows, after the last two blocks, and what every token shows."""
+    """Training only: name what every patch shows, after the last two blocks, and what every token shows.
+
+    The tower compares positions but does not know them, so where something is, is up to the language model: its first
+    two layers have to tell the coordinates of the visual tokens and, from the token behind them, the size of the grid.
+    """
 
     def __init__(self, width: int, deep: int) -> None:
         super().__init__()
-        self.sizes = [len(KINDS), len(TINTS), 4, len(MOTIONS)]
+        self.sizes = [len(KINDS), len(TINTS), len(MOTIONS)]
         self.levels = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(size), nn.Linear(size, sum(self.sizes))) for size in (width, width, deep)
         )
+        self.axes = nn.ModuleList(nn.Sequential(nn.LayerNorm(deep), nn.Linear(deep, 3)) for _ in range(2))
 
     def loss(self, level: int, states: torch.Tensor, t: Targets) -> tuple[torch.Tensor, float]:
         """`states` (B, N, D). Also returns the accuracy of the kind on what is not background."""
-        kind, tint, place, motion = self.levels[level](states).float().flatten(0, 1).split(self.sizes, 1)
+        kind, tint, motion = self.levels[level](states).float().flatten(0, 1).split(self.sizes, 1)
         weight = torch.ones(len(KINDS))
         weight[0] = 0.15  # most patches are background
         true = t.kind.flatten()
         loss = functional.cross_entropy(kind, true, weight)
-        for logits, wanted, share in ((tint, t.tint, 1.0), (place, t.place, 0.3), (motion, t.motion, 0.5)):
+        for logits, wanted, share in ((tint, t.tint, 1.0), (motion, t.motion, 0.5)):
             # The sum is divided by hand: a group may have none.
             total = functional.cross_entropy(logits, wanted.flatten(), ignore_index=-1, reduction="sum")
             loss = loss + share * total / (wanted >= 0).sum().clamp(min=1)
         return loss, (kind.argmax(1) == true)[true > 0].float().mean().item()
+
+    def grid_loss(self, states: Sequence[torch.Tensor], grid: tuple[int, int, int]) -> torch.Tensor:
+        """`states` are what the second and the third layer of the language model get, (B, L, D) each."""
+        place, _ = positions(*grid)
+        end = place.shape[1] - 1
+        cells, size = self.axes[0](states[0][:, BEFORE:end]).float(), self.axes[1](states[1][:, end]).float()
+        true = (place[:, BEFORE:end] - BEFORE).T / 4
+        return functional.mse_loss(cells, true.expand_as(cells)) + functional.mse_loss(
+            size, torch.tensor(grid).expand_as(size) / 4
+        )
 
 
 def merged(t: Targets) -> Targets:
@@ -309,7 +326,7 @@ def merged(t: Targets) -> Targets:
     kind = t.kind.unflatten(1, (-1, MERGE**2))
     chosen = (kind > 0).int().argmax(-1, keepdim=True)
     return Targets(
-        *(part.unflatten(1, (-1, MERGE**2)).gather(2, chosen)[..., 0] for part in (t.kind, t.tint, t.place, t.motion))
+        *(part.unflatten(1, (-1, MERGE**2)).gather(2, chosen)[..., 0] for part in (t.kind, t.tint, t.motion))
     )
 
 
@@ -351,6 +368,18 @@ class Trainer:
         states = [state.reshape(batch, pairs * rows * columns, -1) for state in states]
         return states, tokens, (pairs, rows // MERGE, columns // MERGE)
 
+    @contextmanager
+    def inner(self) -> Iterator[list[torch.Tensor]]:
+        """Collects what the second and the third layer of the language model get."""
+        found: list[torch.Tensor] = []
+        handles = [
+            layer.input_layernorm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+            for layer in self.model.model.language_model.layers[1:3]
+        ]
+        yield found
+        for handle in handles:
+            handle.remove()
+
     def losses(self, stage: Stage, scenes: list[Scene], seeds: Sequence[int]) -> dict[str, torch.Tensor | float]:
         """The total loss of a group under `loss`, its parts and accuracies under other names."""
         t = targets(scenes)
@@ -366,10 +395,13 @@ class Trainer:
             asked = [draw(scene.questions, QUESTIONS, rng) for scene, rng in zip(scenes, rngs, strict=True)]
             packed = packing.pack(asked, max(map(len, asked)), LANGUAGE, QUESTION_TYPES)
             shown = torch.where((cells.kind > 0)[..., None], tokens, tokens.detach())
-            answer, right = packing.answer(self.model, answers(self.model, shown, grid, packed), packed)
+            with self.inner() as inner:
+                hidden = answers(self.model, shown, grid, packed)
+            answer, right = packing.answer(self.model, hidden, packed)
+            axes = self.heads.grid_loss(inner, grid)
             exact = right[packed.types >= 0].float().mean().item()
-            out |= {"answer": answer.item(), "exact": exact}
-            return out | {"loss": answer + 0.1 * early + 0.2 * late + 0.05 * token}
+            out |= {"answer": answer.item(), "exact": exact, "axes": axes.item()}
+            return out | {"loss": answer + 0.5 * axes + 0.1 * early + 0.2 * late + 0.05 * token}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
