@@ -14,6 +14,7 @@ TRITON =
 EXTRA = dev
 OLDEST = transformers==5.17.0
 TESTS =
+NOTEBOOKS =
 HOST_TESTS = $(addprefix tests/, kernels/test_proofs.py test_laws.py test_support.py test_interception.py \
 	test_decoder_site.py test_refusals.py test_zoo.py) $(wildcard tests/test_adapters_*.py)
 # Its interpreter cannot count with numpy 2.4 and newer.
@@ -27,7 +28,7 @@ bin = $(VENV)/bin
 installed = $(VENV)/.installed
 wanted = $(strip $(TORCH) $(TRANSFORMERS) $(TRITON))
 
-.PHONY: bench test test-oldest install install-oldest pytest lint types format clean
+.PHONY: bench test test-oldest install install-oldest pytest lint types docs notebooks format clean
 
 bench: $(installed)
 	$(bin)/vtc bench --model tiny-llava --spec fastervlm --spec divprune --spec todre --keep 0.5,0.25,0.11 \
@@ -54,6 +55,14 @@ lint: $(installed)
 
 types: $(installed)
 	$(bin)/mypy
+
+# The site, in site/; its theme would advertise a successor.
+docs: $(installed)
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict
+
+# Run them, and write what they print and draw to docs/notebooks/.
+notebooks: $(installed)
+	$(bin)/python notebooks/render.py $(NOTEBOOKS)
 
 format: $(installed)
 	$(bin)/ruff check --fix .
