@@ -8,8 +8,8 @@ only, so that a run can stop and resume:
 0. `tiles`: the vision tower alone on tiles of 64 x 64 pixels, naming kind and colour of what each patch shows. This
    heals what a tower loses with its [CLS] token and the normalisation in front of its layers.
 1. `short`: projector and language model on questions about clips of 6 to 12 frames, pictures and pairs of pictures.
-2. `long`: the same with clips of 16 to 32 frames, and the tower goes on as in stage 0, slowly.
-3. `settle`: the tower stands still, and the learning rate falls to nothing.
+2. `long`: the same with clips of 12 to 24 frames, while the tower goes on as in stage 0.
+3. `settle`: clips of 16 to 32 frames; the tower stands still, and the learning rate falls to nothing.
 
 Answers never train the tower, and equal frames of a clip are encoded once. While training, the states of the
 language model at frames also have to tell what the events were so far (`Chronicle`): without that it learns what is
@@ -51,7 +51,6 @@ from vtc.eval.clips import (
     SCENES,
     TILE,
     WAYS,
-    Actor,
     Clip,
     Clips,
     Pair,
@@ -80,8 +79,8 @@ QUESTIONS = 10  # per clip and step
 STILL_QUESTIONS = 6  # per picture or pair
 # How much more often a type is drawn than it occurs.
 WEIGHTS = {
-    "scenes": 1.0, "inside": 1.5, "order": 2.0, "after": 3.0, "turn": 3.0, "move": 3.0, "digit": 0.7, "colour": 0.5,
-    "shape": 0.5, "exist": 1.0, "where": 1.0, "word": 2.0, "which": 1.0, "image": 1.0,
+    "scenes": 1.0, "inside": 1.5, "order": 2.0, "after": 3.0, "turn": 2.0, "move": 4.0, "digit": 0.7, "colour": 0.5,
+    "shape": 0.5, "exist": 1.0, "where": 2.0, "word": 2.0, "which": 1.0, "image": 1.0,
 }  # fmt: skip
 
 
@@ -105,10 +104,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("tiles", 300, 96, 0, 0, 0.004, 5e-4, 0.02, 30, 0),
-    Stage("short", 500, 0, 24, 12, 0.02, 1e-3, 1.0, 100, 10_000_000, (6, 12), (1, 2)),
-    Stage("long", 300, 48, 24, 8, 0.02, 1e-3, 1.0, 1, 20_000_000, tower=0.1),
-    Stage("settle", 500, 0, 24, 8, 0.02, 1e-3, 0.01, 1, 30_000_000),
+    Stage("tiles", 350, 96, 0, 0, 0.006, 1e-3, 0.02, 30, 0),
+    Stage("short", 600, 0, 24, 12, 0.02, 1e-3, 1.0, 100, 10_000_000, (6, 12), (1, 2)),
+    Stage("long", 300, 32, 16, 8, 0.015, 1e-3, 1.0, 1, 20_000_000, (12, 24), (1, 3), 0.5),
+    Stage("settle", 700, 0, 16, 6, 0.015, 1e-3, 0.01, 1, 30_000_000),
 )
 SAVE_EVERY = 50
 REPORT_EVERY = 25
@@ -173,7 +172,7 @@ def _start_tower(tower: SiglipVisionModel, old: nn.Module) -> None:
     norm, patches = old.pre_layrnorm, old.embeddings.patch_embedding.weight
     table = old.embeddings.position_embedding.weight[1:].unflatten(0, (16, 16))
     position = table[(16 - SIDE) // 2 :, (16 - SIDE) // 2 :][:SIDE, :SIDE].flatten(0, 1)  # the middle of the canvas
-    tiles = torch.cat([_pixels(_tile(seed)[0][None]) for seed in range(50)])
+    tiles = torch.cat([_pixels(_tile(seed).image[None]) for seed in range(50)])
     seen = functional.conv2d(tiles, patches, stride=PATCH).flatten(2).transpose(1, 2) + position
     scale = norm.weight / (seen.var(-1, unbiased=False) + norm.eps).sqrt().mean()
 
@@ -195,28 +194,55 @@ def look(tower: SiglipVisionModel, tiles: torch.Tensor) -> torch.Tensor:
 
 def _pixels(tiles: np.ndarray) -> torch.Tensor:
     """Pixel values (T, 3, 64, 64) of tiles (T, 64, 64, 3) uint8."""
-    return ((torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD).contiguous()
+    return ((torch.tensor(tiles).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD).contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------------- tower
 
 
-def _tile(seed: int) -> tuple[np.ndarray, np.ndarray, tuple[Actor, ...]]:
-    """A tile (64, 64, 3), the owners of its patches (8, 8) and what is in it. A quarter are crops of larger ones."""
+@dataclass(frozen=True)
+class Tile:
+    """What the tower looks at, and what each of its patches shows."""
+
+    image: np.ndarray  # (64, 64, 3) uint8
+    kind: np.ndarray  # (patches,): index into KINDS, IGNORE for what is too small to be told
+    tint: np.ndarray  # (patches,): index into TINTS, -1 on background
+    place: np.ndarray  # (patches, 2): row and column of the thing's centre, in patches, -1 on background
+
+
+def _tile(seed: int) -> Tile:
+    """A view such as the language model gets: a frame, a crop that cuts things in two, a picture made small."""
     rng = random.Random(f"tile-{seed}")
-    source = rng.choice(["crop", "picture", "pair", "pair"])
+    source = rng.choice(["picture", "pair", "pair", "crop", "crop", "whole"])
     if source == "pair":
         picture = Pairs("train")[seed].pictures[0]  # every second thing is a digit
     else:
-        picture = Pictures("train").make(seed, (2, 2) if source == "crop" else (1, 1))
-    image, owner = picture.pictures[0][0], picture.owners(PATCH)[0]
-    y, x = (rng.randrange(n // TILE) for n in image.shape[:2])
-    cut = image[y * TILE : (y + 1) * TILE, x * TILE : (x + 1) * TILE]
-    return cut, owner[y * SIDE : (y + 1) * SIDE, x * SIDE : (x + 1) * SIDE], picture.actors
+        picture = Pictures("train").make(seed, (1, 1) if source == "picture" else (2, 2))
+    scale = 2 if source == "whole" else 1
+    image, owner = picture.pictures[0][0], picture.owners(scale * PATCH)[0]
+    top, left = (TILE * rng.randrange(2) if source == "crop" else 0 for _ in range(2))
+    if source == "whole":
+        image = _shrunk(image)
+    image = image[top : top + TILE, left : left + TILE]
+    owner = owner[top // PATCH :, left // PATCH :][:SIDE, :SIDE].ravel()
+    kinds, tints, places = [0], [-1], [(-1, -1)]
+    for actor in picture.actors:
+        legible = scale == 1 or actor.kind == "shape"
+        kinds.append(KINDS.index(actor.name) if legible else packing.IGNORE)
+        tints.append(TINTS.index(actor.colour))
+        (x, y), (height, width) = actor.place, actor.opacity.shape
+        row, column = (int(at // PATCH) for at in ((y + height / 2) / scale - top, (x + width / 2) / scale - left))
+        places.append((min(SIDE - 1, max(0, row)), min(SIDE - 1, max(0, column))))
+    return Tile(image, *(np.array(values)[owner] for values in (kinds, tints, places)))
+
+
+def _shrunk(image: np.ndarray) -> np.ndarray:
+    """A picture of any size as one tile, as the processor scales it."""
+    return np.asarray(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.BICUBIC))
 
 
 class Heads(nn.Module):
-    """Training only: name what each patch shows, and everything in the tile from what its patches attend to on average.
+    """Training only: name and place what each patch shows; name the tile from what its patches attend to on average.
 
     The latter makes the attention that a patch receives in the last layer a saliency map, though there is no [CLS].
     """
@@ -224,13 +250,15 @@ class Heads(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.patch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(KINDS) + len(TINTS)))
+        self.place = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * SIDE))
         deep, pairs = 2 * width, len(KINDS) * len(TINTS)
         self.scene = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, deep), nn.GELU(), nn.Linear(deep, pairs))
 
     def scene_loss(self, mixed: torch.Tensor, kind: torch.Tensor, tint: torch.Tensor) -> torch.Tensor:
         """`mixed` (B, patches, D): the values of the last layer as its attention mixes them; kind, tint as below."""
-        # Background is pair 0; what is said there does not count.
-        pairs = torch.zeros(len(kind), len(KINDS) * len(TINTS)).scatter(1, kind * len(TINTS) + tint.clamp(min=0), 1.0)
+        # Background, and what cannot be told, goes to pair 0: what is said there does not count.
+        known = kind.clamp(min=0) * len(TINTS) + tint.clamp(min=0)
+        pairs = torch.zeros(len(kind), len(KINDS) * len(TINTS)).scatter(1, known, 1.0)
         logits, rare = self.scene(mixed.mean(1)).float(), torch.tensor(8.0)  # most pairs are absent
         start = len(TINTS)
         return functional.binary_cross_entropy_with_logits(logits[:, start:], pairs[:, start:], pos_weight=rare)
@@ -241,16 +269,14 @@ class Heads(nn.Module):
         weight = torch.ones(len(KINDS))
         weight[0] = 0.3  # most patches are background
         true = kind.flatten()
-        loss = functional.cross_entropy(kinds, true, weight)
+        loss = functional.cross_entropy(kinds, true, weight, ignore_index=packing.IGNORE)
         loss = loss + functional.cross_entropy(tints, tint.flatten(), ignore_index=-1)
         return loss, (kinds.argmax(1) == true)[true > 0].float().mean().item()
 
-
-def _named(owner: np.ndarray, actors: Sequence[Actor]) -> tuple[np.ndarray, np.ndarray]:
-    """Kind and tint of every patch."""
-    kinds = np.array([0, *(KINDS.index(actor.name) for actor in actors)])
-    tints = np.array([-1, *(TINTS.index(actor.colour) for actor in actors)])
-    return kinds[owner], tints[owner]
+    def place_loss(self, states: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """`states` (B, patches, D); `place` (B, patches, 2): row and column of the thing's centre, -1 on background."""
+        logits = self.place(states).float().unflatten(-1, (2, SIDE)).flatten(0, 2)
+        return functional.cross_entropy(logits, place.flatten(), ignore_index=-1)
 
 
 # ---------------------------------------------------------------------------------------------------- what the LM sees
@@ -297,9 +323,8 @@ def show_pictures(pictures: Sequence[Clip]) -> Shown:
     for picture in pictures:
         image = picture.frames[0]
         down, across = (n // TILE for n in image.shape[:2])
-        whole = np.asarray(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.BICUBIC))
         crops = image.reshape(down, TILE, across, TILE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, TILE, TILE, 3)
-        views.append(np.concatenate([whole[None], crops]))
+        views.append(np.concatenate([_shrunk(image)[None], crops]))
     stacked = np.stack(views)
     index = torch.arange(stacked.shape[0] * stacked.shape[1]).view(stacked.shape[:2])
     asked = tuple(picture.questions for picture in pictures)
@@ -411,13 +436,16 @@ class Trainer:
 
     def tiles(self, seeds: Sequence[int]) -> dict[str, torch.Tensor | float]:
         made = [_tile(seed) for seed in seeds]
-        named = [_named(owner.ravel(), actors) for _, owner, actors in made]
-        kind, tint = (torch.from_numpy(np.stack([pair[i] for pair in named])) for i in range(2))
+        kind, tint, place = (
+            torch.from_numpy(np.stack(part)) for part in zip(*((t.kind, t.tint, t.place) for t in made), strict=True)
+        )
         with torch.autocast("cpu", torch.bfloat16):
-            states = look(self.tower, _pixels(np.stack([tile for tile, _, _ in made])))
+            states = look(self.tower, _pixels(np.stack([tile.image for tile in made])))
             patch, right = self.heads.patch_loss(states, kind, tint)
+            where = self.heads.place_loss(states, place)
             scene = self.heads.scene_loss(self.mixed[0], kind, tint)
-        return {"loss": patch + 10 * scene, "patch": patch.item(), "scene": scene.item(), "kind": right}
+        told = {"patch": patch.item(), "place": where.item(), "scene": scene.item(), "kind": right}
+        return {"loss": patch + 0.5 * where + 10 * scene, **told}
 
     def losses(self, stage: Stage, step: int) -> Iterator[dict[str, torch.Tensor | float]]:
         """The losses of a step: tiles, clips of one length, and pictures of one size or pairs."""
@@ -432,7 +460,7 @@ class Trainer:
             targets = torch.from_numpy(np.stack([chronicle(clip) for clip in shown.clips]))
             yield self.loss(shown, QUESTIONS, random.Random(f"{stage.name}-{seeds[0]}"), 1.0, targets)
         if stage.stills:
-            layout = rng.choice(["pair", *PICTURES])
+            layout = rng.choice(["pair", "pair", *PICTURES])
             seeds = self.group.share(stage.first_seed + step * stage.stills, stage.stills)
             if layout == "pair":
                 shown = show_pairs([Pairs("train")[seed] for seed in seeds])
@@ -453,7 +481,7 @@ class Trainer:
             count = targets.shape[1]
             states = [self.seen[depth][:, packing.PREFIX : packing.PREFIX + count] for depth in (2, 3)]
             told = self.chronicle.loss(states, targets)
-        return {"loss": total + 0.2 * told, "answer": answer.item(), "exact": exact, "told": told.item()}
+        return {"loss": total + 0.3 * told, "answer": answer.item(), "exact": exact, "told": told.item()}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -481,6 +509,7 @@ class Trainer:
             named = [(n, p) for n, p in self.model.named_parameters() if id(p) not in known]
             named += [(f"chronicle.{n}", p) for n, p in self.chronicle.named_parameters()]
             self.carried = found["language"] = self.carried or MuonAdamW(named, stage.muon, stage.adamw)
+            self.carried.rates = (stage.muon, stage.adamw)
             trained += [p for _, p in named]
         return found, trained
 
@@ -524,8 +553,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.chronicle.load_state_dict(state["chronicle"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        for name, saved in state["optimizers"].items():
+            if name in optimizers:
+                optimizers[name].load_state_dict(saved)
         return state["step"]
 
 
