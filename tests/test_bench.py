@@ -18,7 +18,7 @@ import vtc
 from checkpoints import TOKENS, save_llava
 from vtc import adapters, zoo
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
-from vtc.eval import accuracy, bench, flops, latency, plot, scenes, table
+from vtc.eval import accuracy, bench, flops, latency, plot, scenes, table, tasks
 from vtc.eval.items import Item
 
 LIMIT = 24
@@ -357,6 +357,13 @@ def test_positions_override_reaches_every_compressor() -> None:
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(VtcError, match=message):
         bench.Options(**options)
+
+
+@pytest.mark.parametrize("task", tasks.TRAINED)
+def test_a_bundled_model_is_asked_what_it_was_trained_for(task: str) -> None:
+    assert bench.Options(model=tasks.TRAINED[task]).asked == task
+    assert bench.Options(model="elsewhere/some-llava").asked == "scenes"
+    assert bench.Options(model=tasks.TRAINED[task], task="clips").asked == "clips"
 
 
 # ----------------------------------------------------------------------------------------------------------- the run

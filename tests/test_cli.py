@@ -88,6 +88,9 @@ BAD_INPUT = {
     "unknown attention": ((*BENCH, "--attn", "psychic"), "psychic"),
     "unknown dtype": ((*BENCH, "--dtype", "int7"), "float32, bfloat16, float16"),
     "unknown device": ((*BENCH, "--device", "abacus"), "use one of: cpu"),
+    # what to ask
+    "unknown task": ((*BENCH, "--task", "scene"), "did you mean 'scenes'?"),
+    "clips for a model of pictures": ((*BENCH, "--task", "clips"), "choose another --task"),
     # how to run
     "limit of zero": ((*BENCH, "--limit", "0"), "use at least 1"),
     "limit is a word": ((*BENCH, "--limit", "few"), "--limit"),
@@ -239,7 +242,10 @@ def test_bench_writes_rows_table_and_plot(root: Path, tmp_path: Path, capsys: py
     table = (out / "table.md").read_text()
     assert table in printed and "| fastervlm" in table
     assert (out / "pareto.png").stat().st_size > 5000
-    assert str(out / "pareto.png") in printed
+    names = ("rows.jsonl", "samples.jsonl", "table.md", "pareto.png")
+    assert printed.splitlines()[-1] == f"Written: {', '.join(str(out / name) for name in names)}"
+    assert set(names) == {path.name for path in out.iterdir()}
+    assert {row["task"] for row in rows} == {"scenes"}
 
 
 def test_bench_again_needs_overwrite(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

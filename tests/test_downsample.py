@@ -13,17 +13,17 @@ from PIL import Image
 pytest.importorskip("torchvision", reason="the processors of these models need it")
 
 from checkpoints import TOKENS, save_llava
-from video_checkpoints import save_onevision, save_qwen
+from video_checkpoints import save_internvl, save_onevision, save_qwen
 from vtc import cli, zoo
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
-from vtc.eval import bench, downsample, prompts, report, scenes
+from vtc.eval import bench, downsample, prompts, report, scenes, tasks
 from vtc.eval.items import Item
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    made = {"llava": save_llava, "qwen": save_qwen, "onevision": save_onevision}
+    made = {"llava": save_llava, "qwen": save_qwen, "onevision": save_onevision, "internvl": save_internvl}
     return {name: str(save(root / name)) for name, save in made.items()}
 
 
@@ -106,6 +106,36 @@ def test_clips_need_a_model_that_takes_them(models: dict[str, str]) -> None:
 # ----------------------------------------------------------------------------------------------------------- the run
 
 
+@pytest.mark.parametrize(
+    ("name", "media", "tokens"),
+    [
+        ("qwen", "clip", 2 * 4),
+        ("onevision", "clip", 3 * 4 + 1),
+        ("internvl", "clip", 3 * 4),
+        ("qwen", "pictures", 4 + 2),
+    ],
+)
+def test_questions_about_clips_and_several_pictures(
+    name: str, media: str, tokens: int, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames may be visual inputs of their own, as in InternVL: tokens are those of the whole prompt."""
+    first, second = (item.image for item in pictures((56, 56), (56, 28)))
+    clip = np.stack([np.asarray(first), np.asarray(first)[::-1], np.asarray(first)])
+    shown = (clip,) if media == "clip" else (first, second)
+    asked = [replace(item, media=shown, index=0) for item in scenes.questions("test", 3)]
+    monkeypatch.setattr(tasks, "questions", lambda task, split, limit: iter(asked))
+    options = bench.Options(model=models[name], specs=("uniform:keep=2", "fastv:layer=1,keep=0.5"), latency=False)
+    bench.run(options, tmp_path)
+    run = report.load(tmp_path)
+    rows = {row["spec"]: row for row in run.rows}
+    inputs = {"clip": 3 if name == "internvl" else 1, "pictures": 2}[media]
+    assert (rows["none"]["mean_tokens_out"], rows["uniform:keep=2"]["mean_tokens_out"]) == (tokens, 2 * inputs)
+    assert {one["tokens_in"] for one in run.samples["uniform:keep=2"].values()} == {tokens}
+    assert ("downsample:keep=2" in rows) is (name == "qwen")
+    assert not any("grid" in one for samples in run.samples.values() for one in samples.values())
+    assert "visual tokens" in report.report([tmp_path], "html")
+
+
 def test_rows_have_measured_tokens(finished: Path) -> None:
     run = report.load(finished)
     rows = {row["spec"]: row for row in run.rows}
@@ -160,6 +190,25 @@ def test_towers_of_one_size_say_why_there_is_none(
     options = bench.Options(model=models["llava"], specs=("downsample",), limit=3)
     with pytest.raises(UnsupportedModelError, match="downsample: no down-sampling baseline: llava"):
         bench.run(options, tmp_path / "asked")
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_bundled_models_run_their_own_task_end_to_end(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "--model", name, "--spec", "divprune", "--keep", "0.25", "--limit", "24", "--no-latency"]
+    assert cli.main([*command, "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    run = report.load(tmp_path)
+    rows = {row["strategy"]: row for row in run.rows}
+    assert tasks.TRAINED[rows["none"]["task"]] == name
+    assert {"none", "blind", "divprune", "random", "uniform", "pool"} <= rows.keys()
+    assert rows["none"]["accuracy"] > rows["blind"]["accuracy"]
+    fixed = "downsample" not in rows
+    assert ("no down-sampling baseline" in text) is fixed
+    assert f"Difficulty groups at keep 0.25, by {'pool' if fixed else 'downsample'}" in text
+    if not fixed:
+        assert rows["downsample"]["mean_tokens_out"] < 0.5 * rows["none"]["mean_tokens_out"]
 
 
 def plan(*specs: str, **options: Any) -> list[str]:
