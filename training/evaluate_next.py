@@ -36,12 +36,9 @@ SEEDS = range(3)
 Groups = tuple[tuple[str, ...], ...]
 # The strategies of a group read the same of the encoder and share a pass. The first reads [CLS] in the feature layer.
 GROUPS: Groups = (
-    ("fastervlm",),
-    ("globalcom2", "globalcom2:formula=zscore"),
+    ("fastervlm", "divprune", "uniform", "pool", *(f"random:seed={seed}" for seed in SEEDS)),
+    ("globalcom2", "globalcom2:formula=zscore", "todre"),
     ("globalcom2:formula=code",),
-    ("vtc-cls",),
-    ("todre",),
-    ("divprune", "uniform", "pool", *(f"random:seed={seed}" for seed in SEEDS)),
 )
 
 
@@ -168,23 +165,27 @@ def generated(model: LlavaNextForConditionalGeneration, processor: Any, items: S
 
 
 def lines() -> list[str]:
-    names = [name for group in GROUPS for name in group if not name.startswith("random")]
-    return [*names, "random", "oracle foreground", "anti-[CLS]"]
+    """The lines of the tables: informed strategies, baselines, references."""
+    names = sorted({name.split(":seed")[0] for group in GROUPS for name in group} - {"uniform", "pool", "random"})
+    return [*names, "random", "uniform", "pool", "oracle foreground", "anti-[CLS]"]
+
+
+def label(name: str) -> str:
+    return name if " " in name or "[" in name else f"`{name}`"
 
 
 def curve(scores: Scores) -> str:
     """Accuracy in per cent by strategy and keep; the seeds of `random` as mean and range."""
     rows = []
     for name in lines():
-        if name != "random":
-            rows.append([f"`{name}`" if ":" in name or name.islower() else name])
-            rows[-1] += [f"{100 * scores[name, keep].accuracy:.1f}" for keep in KEEPS]
-            continue
-        cells = []
-        for keep in KEEPS:
-            seeds = sorted(100 * scores[f"random:seed={seed}", keep].accuracy for seed in SEEDS)
-            cells.append(f"{sum(seeds) / len(seeds):.1f} ({seeds[0]:.1f}-{seeds[-1]:.1f})")
-        rows.append(["`random`, 3 seeds: mean (range)", *cells])
+        if name == "random":
+            cells = []
+            for keep in KEEPS:
+                seeds = sorted(100 * scores[f"random:seed={seed}", keep].accuracy for seed in SEEDS)
+                cells.append(f"{sum(seeds) / len(seeds):.1f} ({seeds[0]:.1f}-{seeds[-1]:.1f})")
+            rows.append(["`random`, 3 seeds: mean (range)", *cells])
+        else:
+            rows.append([label(name), *(f"{100 * scores[name, keep].accuracy:.1f}" for keep in KEEPS)])
     return table(["keep", *(f"{100 * keep:.0f} %" for keep in KEEPS)], rows)
 
 
@@ -195,9 +196,8 @@ def sight(scores: Scores) -> str:
         precision, coverage = (100 * sum(part) / len(part) for part in (score.precision, score.coverage))
         return f"{precision:.0f} / {coverage:.0f}"
 
-    names = [name if name != "random" else "random:seed=0" for name in lines() if name != "pool"]
-    rows = [[f"`{name}`" if name.split(":")[0].islower() else name, *(cell(scores[name, keep]) for keep in KEEPS)]
-            for name in names]  # fmt: skip
+    names = ["random:seed=0" if name == "random" else name for name in lines() if name != "pool"]
+    rows = [[label(name), *(cell(scores[name, keep]) for keep in KEEPS)] for name in names]
     return table(["precision / coverage", *(f"{100 * keep:.0f} %" for keep in KEEPS)], rows)
 
 
