@@ -113,7 +113,7 @@ def _shown(output: Any, alts: Iterator[str], name: str, pictures: dict[str, byte
             raise ValueError(f"{name}: a picture has no description: add one to `alt` in the metadata of its cell")
         file, picture = _smaller(base64.b64decode(data["image/png"]), f"{name}_{len(pictures) + 1}")
         pictures[file] = picture
-        yield f"![{alt}]({file})\n\n"
+        yield f"[![{alt}]({file})]({file})\n\n"  # a click shows it as large as it is
     elif "text/markdown" in data:
         yield f"{data['text/markdown'].strip()}\n\n"
     elif "text/plain" in data:
