@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vtc import adapters, zoo
 from vtc.errors import UnsupportedModelError, VtcError
-from vtc.eval import accuracy, checkpoints, downsample, latency, lines, resume, tasks
+from vtc.eval import accuracy, checkpoints, downsample, flops, latency, lines, resume, tasks
 from vtc.eval.conditions import environment
 from vtc.eval.costs import Sizes, sizes
 from vtc.eval.items import Item
@@ -119,7 +119,7 @@ class Bench:
         `plan` begins with `none`; `shapes` is from `try_out(plan)`. What `earlier` has is not measured again.
         """
         torch.manual_seed(self.options.seed)
-        reference = earlier.reference
+        reference, work = earlier.reference, earlier.work
         todo = [
             (setting, shape) for setting, shape in zip(plan, shapes, strict=True) if setting.spec not in earlier.specs
         ]
@@ -153,8 +153,10 @@ class Bench:
                 reference = answers if reference is None else reference
                 if setting.scaled is not None:
                     seen = [{**one, "tokens_in": full[row]} for row, one in enumerate(seen)]
-                row = self._row(setting, shape, shapes[0], timing, remarks)
-                yield row | self._scores(answers, reference, seen), self._samples(setting, answers, reference, seen)
+                means = self._means(seen, work)
+                work = means["mean_prefill_flops"] if work is None else work
+                row = self._row(setting, shape, shapes[0], timing, remarks) | means | self._scores(answers, reference)
+                yield row, self._samples(setting, answers, reference, seen)
 
     def _time(self, setting: Setting) -> latency.Latency:
         whole = self.prompts.one(Setting("none"))
@@ -184,6 +186,10 @@ class Bench:
                     ]
                 else:
                     found = [survivors(report, numbers) for numbers in owners(report, visual)]
+                text = adapters.find(self.model).text_config
+                length = batch.inputs["input_ids"].shape[1]  # without padding, as all of a batch are equally long
+                work = flops.prefill_flops(text, length if report is None else report.lengths)
+                found = [{**one, "prefill_flops": work} for one in found]
                 seen.update(zip(batch.rows, found, strict=True))
                 bar.update(len(batch.rows))
 
@@ -233,7 +239,8 @@ class Bench:
             "keep": setting.keep,
             **measured,
             "prefill_flops_ratio": shape.prefill_flops / full.prefill_flops,
-            **dict.fromkeys(("mean_tokens_in", "mean_tokens_out", "accuracy", "accuracy_ci", "agreement")),
+            **dict.fromkeys(("mean_tokens_in", "mean_tokens_out", "mean_prefill_flops")),
+            **dict.fromkeys(("accuracy", "accuracy_ci", "agreement")),
             "by_type": {},
             "n": 0,
             "seed": getattr(setting.compressor, "seed", self.options.seed),
@@ -242,12 +249,18 @@ class Bench:
             **environment(self.model),
         }
 
-    def _scores(self, answers: list[str], reference: list[str], seen: Sequence[Sample]) -> Row:
+    def _means(self, seen: Sequence[Sample], full: float | None) -> Row:
+        """Sizes over all questions, where the row of one prompt has those of that prompt; `full`: FLOPs of `none`."""
+        found = {
+            f"mean_{name}": mean(one[name] for one in seen) for name in ("tokens_in", "tokens_out", "prefill_flops")
+        }
+        work = found["mean_prefill_flops"]
+        return {**found, "prefill_flops_ratio": work / (work if full is None else full)}
+
+    def _scores(self, answers: list[str], reference: list[str]) -> Row:
         """What the answers say."""
         total, types = accuracy.score(answers, self.prompts.items)
         return {
-            "mean_tokens_in": mean(one["tokens_in"] for one in seen),
-            "mean_tokens_out": mean(one["tokens_out"] for one in seen),
             "accuracy": total.accuracy,
             "accuracy_ci": list(total.interval),
             "by_type": {name: score.to_dict() for name, score in types.items()},

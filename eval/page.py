@@ -19,7 +19,7 @@ from vtc import picture
 from vtc.eval import content, tasks
 from vtc.eval.plot import BASELINES
 from vtc.eval.report import Row, Run, Sample
-from vtc.eval.table import Table, conditions, groups, label, remarks_of, visual_tokens
+from vtc.eval.table import Table, conditions, groups, label, prefill_flops, remarks_of, visual_tokens
 from vtc.visual import Layout
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SIDE = 256  # of a drawing, in pixels
 ROLES = {"none": "none", "blind": "blind", **dict.fromkeys(BASELINES, "baseline")}  # of the others: ""
 COSTS: dict[str, Callable[[Row], float | None]] = {
     "tokens": visual_tokens,
-    "flops": lambda row: row["prefill_flops"],
+    "flops": prefill_flops,
     "ttft": lambda row: row["ttft_ms"],
 }
 

@@ -30,6 +30,11 @@ class Earlier:
     def specs(self) -> set[str]:
         return {row["spec"] for row in self.rows}
 
+    @property
+    def work(self) -> float | None:
+        """Mean FLOPs of the full model's prefill."""
+        return next((row.get("mean_prefill_flops") for row in self.rows if row["spec"] == "none"), None)
+
 
 def load(folder: Path, now: Row, questions: Sequence[str]) -> Earlier:
     """What an earlier run left in a folder; the files are cleaned of what it did not finish.

@@ -108,6 +108,12 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return found
 
 
+def prefill_flops(row: Row) -> float:
+    """FLOPs of the language model's prefill: the mean over the questions, or of the prompt that was timed."""
+    found = row.get("mean_prefill_flops")
+    return row["prefill_flops"] if found is None else found
+
+
 def amount(value: float) -> str:
     """A count, which as a mean may not be whole."""
     return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
@@ -188,7 +194,7 @@ def visual_tokens(row: Row, end: Literal["in", "out"] = "out") -> float:
 
 
 def _flops(group: list[Row]) -> str:
-    return f"{human(group[0]['prefill_flops'])} ({group[0]['prefill_flops_ratio']:.2f}×)"
+    return f"{human(prefill_flops(group[0]))} ({group[0]['prefill_flops_ratio']:.2f}×)"
 
 
 def _ttft(group: list[Row]) -> str:
@@ -236,9 +242,10 @@ TIMES: list[Column] = [
     ("ideal", _number("ideal_ttft_ms", "{:.2f}".format)),
 ]
 NOTES = """
-One prompt at a time. TTFT: time to first token, and in brackets how many times faster than the uncompressed model
-measured in the same loop. Accuracy: exact match, with Wilson's 95 % interval, or mean ± standard deviation over seeds.
-Agreement: same answer as the uncompressed model. `none` is the uncompressed model, `blind` answers without the picture.
+Tokens and FLOPs: means over the questions. Times, caches and memory: of one prompt, with a picture of the usual size.
+TTFT: time to first token, and in brackets how many times faster than the uncompressed model measured in the same loop.
+Accuracy: exact match, with Wilson's 95 % interval, or mean ± standard deviation over seeds. Agreement: same answer as
+the uncompressed model. `none` is the uncompressed model, `blind` answers without the picture.
 """
 TIME_NOTES = """
 Medians over repeats. Selection: choosing and dropping tokens, in front of the language model and inside it; what a

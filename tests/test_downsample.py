@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,10 @@ def test_rows_have_measured_tokens(finished: Path) -> None:
     assert full["encoder_flops"] > half["encoder_flops"] > two["encoder_flops"] > 0
     assert full["prefill_flops"] > half["prefill_flops"] and full["kv_cache_bytes"] > half["kv_cache_bytes"]
     assert min(row["ttft_ms"] for row in run.rows) > 0 and not full["remarks"]
+    for row in run.rows:
+        work = mean(sample["prefill_flops"] for sample in run.samples[row["spec"]].values())
+        assert row["mean_prefill_flops"] == work
+        assert row["prefill_flops_ratio"] == work / full["mean_prefill_flops"]
     for spec in ("downsample:keep=0.5", "divprune:keep=0.5", "blind"):
         for sample in run.samples[spec].values():
             assert sample["tokens_in"] == rows[spec]["mean_tokens_in"]
@@ -208,7 +213,7 @@ def test_bundled_models_run_their_own_task_end_to_end(
     assert ("no down-sampling baseline" in text) is fixed
     assert f"Difficulty groups at keep 0.25, by {'pool' if fixed else 'downsample'}" in text
     if not fixed:
-        assert rows["downsample"]["mean_tokens_out"] < 0.5 * rows["none"]["mean_tokens_out"]
+        assert rows["downsample"]["mean_tokens_out"] < rows["none"]["mean_tokens_out"]
 
 
 def plan(*specs: str, **options: Any) -> list[str]:
