@@ -13,7 +13,7 @@ from vtc.eval.table import Row, groups, label, visual_tokens
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GREYS = ("#444444", "#777777", "#999999", "#BBBBBB")
+GREYS = ("#333333", "#666666", "#888888", "#A6A6A6")
 BASELINES = ("random", "uniform", "pool", "downsample")
 
 
