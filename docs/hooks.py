@@ -132,7 +132,7 @@ def paper(entry: dict[str, Any]) -> str:
 def article(entry: dict[str, Any]) -> str:
     """One strategy of the catalogue."""
     cls = strategy(entry["name"])
-    facts = [f"Spec with its defaults: `{cls()}`"]
+    facts = ["Defaults: " + ", ".join(f"`{key}={value}`" for key, value in entry["parameters"].items())]
     if entry["paper"]:
         code = f"[{entry['code']}](https://github.com/{entry['code']})" if entry["code"] else "none found"
         facts.append(f"Paper: {paper(entry)}. Official code: {code}")
