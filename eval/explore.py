@@ -28,7 +28,7 @@ Visual = Image.Image | Clip
 ALL = "all tokens"
 MAX_QUESTION = 500  # characters
 MAX_SPECS = 2
-TURNS, ENOUGH = 5, 1.0  # times are medians over so many turns, or over fewer that took so many seconds
+TURNS, ENOUGH = 5, 2.0  # times are medians over so many turns, or over fewer that took so many seconds
 DRAWN = 640  # pixels of the longer side of a frame
 
 
@@ -69,6 +69,7 @@ class Answer:
     spec: str
     text: str
     pictures: tuple[Image.Image, ...]
+    labels: tuple[str, ...]
     tokens: int
     layer: int
     flops: int
@@ -145,10 +146,11 @@ class Explorer:
             except torch.OutOfMemoryError as error:
                 raise VtcError("the device has too little memory for this: give a smaller picture") from error
         _, report = said[0]
-        answers = [Answer(ALL, full, _plain(visual), report.tokens_in, 0, report.prefill_flops_full, first)]
+        answers = [Answer(ALL, full, _plain(visual), (), report.tokens_in, 0, report.prefill_flops_full, first)]
         for one, (text, report), times in zip(settings, said, others, strict=True):
-            pictures, layer = self._draw(visual, report), report.stages[-1].layer
-            answers.append(Answer(one.spec, text, pictures, report.tokens_out, layer, report.prefill_flops, times))
+            pictures, labels = self._draw(visual, report)
+            kept, layer, work = report.tokens_out, report.stages[-1].layer, report.prefill_flops
+            answers.append(Answer(one.spec, text, pictures, labels, kept, layer, work, times))
         return answers
 
     def _say(self, inputs: dict[str, torch.Tensor]) -> str:
@@ -175,19 +177,20 @@ class Explorer:
                 break
         return [_medians(found) for found in runs]
 
-    def _draw(self, visual: Visual, report: Report) -> tuple[Image.Image, ...]:
-        clip = isinstance(visual, Clip)
+    def _draw(self, visual: Visual, report: Report) -> tuple[tuple[Image.Image, ...], tuple[str, ...]]:
+        """What survived, and labels."""
         # The processor knows better than the model whether a picture is cropped or squashed.
+        clip = isinstance(visual, Clip)
         part = self.processor.video_processor if clip else self.processor.image_processor
         fit: picture.Fit = "crop" if getattr(part, "do_center_crop", False) else "resize"
-        shown = _plain(visual)
-        if len(report.layouts) > 1:  # frames that are images to the model
-            return tuple(report.show(frame, number, fit, caption="") for number, frame in enumerate(shown))
         if clip:
-            return tuple(report.views(shown, 0, fit))
-        if adapters.find(self.model).joined and len(report.layouts[0].views) > 1:
-            return ()
-        return (report.show(visual, 0, fit, caption=""),)
+            return tuple(report.views(_plain(visual), 0, fit)), ()
+        layout = report.layouts[0]
+        if len(layout.views) == 1:
+            return tuple(report.views(visual, 0, fit)), ()
+        if adapters.find(self.model).joined:
+            return (), ()
+        return tuple(report.views(visual, 0, fit)), tuple(picture.labels(layout))
 
 
 def _plain(visual: Visual) -> tuple[Image.Image, ...]:

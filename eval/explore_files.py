@@ -12,11 +12,11 @@ from vtc.eval.lmms.clips import Clip
 from vtc.eval.pictures import VIDEOS, open_visual
 
 MAX_BYTES = 100 * 2**20
-MAX_PIXELS = 40_000_000  # of a picture; of an animated one, of all its frames together
+MAX_PIXELS = 40_000_000  # of a picture; of an animated one, all its frames together
 MAX_FRAME = 3840 * 2160  # pixels of a frame of a video
 MAX_SECONDS = 60
 MAX_FRAMES = 60 * MAX_SECONDS
-PICTURES = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # Pillow's names; others can start programs
+PICTURES = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's names; others can start programs
 # FFmpeg's names; others can be lists of further files, or of addresses.
 CONTAINERS = "avi,matroska,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,mpegvideo,webm"
 
@@ -41,16 +41,17 @@ def open_file(path: Path, frames: int) -> Image.Image | Clip:
 
 
 def _check_picture(path: Path) -> None:
+    Image.init()  # or not all of the formats are known
+    large = VtcError(f"{path.name} has more than {MAX_PIXELS:,} pixels, all frames together; give a smaller one")
     try:
         with Image.open(path, formats=PICTURES) as file:  # reads the header
             pixels = file.width * file.height * getattr(file, "n_frames", 1)
     except Image.DecompressionBombError:
-        pixels = Image.MAX_IMAGE_PIXELS or MAX_PIXELS
+        raise large from None
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to say no
-        raise VtcError(f"{path.name} cannot be read as a picture; give a PNG or JPEG file, or a video") from error
+        raise VtcError(f"{path.name} cannot be read as a picture; give a PNG or JPEG file") from error
     if pixels > MAX_PIXELS:
-        most = f"use at most {MAX_PIXELS // 10**6} million"
-        raise VtcError(f"{path.name} has {pixels / 1e6:.0f} million pixels or more, all frames together; {most}")
+        raise large
 
 
 def _check_video(path: Path) -> None:
@@ -71,8 +72,10 @@ def _check_video(path: Path) -> None:
                 if frames > MAX_FRAMES or seconds > MAX_SECONDS:
                     break
     except (av.error.FFmpegError, IndexError) as error:  # IndexError: it has sound only
-        raise VtcError(f"{path.name} cannot be read as a video; give an MP4 or WebM file, or a picture") from error
+        raise VtcError(f"{path.name} cannot be read as a video; give an MP4 or WebM file") from error
     if frames > MAX_FRAMES or seconds > MAX_SECONDS:
         raise VtcError(f"{path.name} is too long; use at most {MAX_SECONDS} seconds and {MAX_FRAMES} frames")
     if pixels > MAX_FRAME:
-        raise VtcError(f"the frames of {path.name} have {pixels / 1e6:.0f} million pixels; use at most 3840 x 2160")
+        raise VtcError(
+            f"the frames of {path.name} have {pixels:,} pixels; use at most {MAX_FRAME:,}, as 3840 x 2160 have"
+        )

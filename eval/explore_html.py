@@ -15,11 +15,9 @@ from vtc.eval.explore import Answer, Explorer, Visual, name_of
 from vtc.eval.lmms.clips import Clip
 
 SECONDS = 0.5  # per frame of a clip
+NO_BUDGET = "<p>There is no picture yet.</p>"
 NO_ANSWERS = '<p class="hint">The answers come here, side by side.</p>'
 VERDICTS = {"first": "the model as it is", "same": "the same answer", "other": "another answer"}
-TABLE = """| strategy | what survives | paper |
-|---|---|---|
-"""
 SPECS = """
 Both boxes also take a spec with parameters, such as `fastv:layer=1,keep=64`; its `keep` goes before the slider's. `vtc
 list --json` names all parameters.
@@ -54,18 +52,31 @@ def cards(answers: Sequence[Answer]) -> str:
 
 def _card(one: Answer, full: Answer) -> str:
     verdict = "first" if one is full else "same" if one.text == full.text else "other"
-    seen = "<p>No picture: this model looks at tiles and does not say where on the picture they lie.</p>"
-    if one.pictures:
-        drawn = _picture(one.pictures, f"What is left with {one.spec}: {one.tokens} of {full.tokens} tokens")
-        seen = f'<label><input type="checkbox" aria-label="enlarge">{drawn}</label>'
     return f"""
 <article class="card">
 <h3>{escape(one.spec)}</h3>
-{seen}
+<div>{_seen(one, full)}</div>
 <p class="said">{escape(one.text) or "(nothing)"}</p>
 <p class="{verdict}">{VERDICTS[verdict]}</p>
 {_costs(one, full)}
 </article>"""
+
+
+def _seen(one: Answer, full: Answer) -> str:
+    if not one.pictures:
+        return "<p>No picture: this model looks at tiles and does not say where on the picture they lie.</p>"
+    alt = f"What is left with {one.spec}: {one.tokens} of {full.tokens} tokens"
+    if not one.labels:
+        return _zoomable(one.pictures, alt)
+    return "".join(
+        f"<figure>{_zoomable([drawn], f'{alt}, {label}')}<figcaption>{escape(label)}</figcaption></figure>"
+        for drawn, label in zip(one.pictures, one.labels, strict=True)
+    )
+
+
+def _zoomable(pictures: Sequence[Image.Image], alt: str) -> str:
+    """A picture that fills the window when it is clicked on, and shrinks when it is clicked on again."""
+    return f'<label><input type="checkbox" aria-label="enlarge">{_picture(pictures, alt)}</label>'
 
 
 def _costs(one: Answer, full: Answer) -> str:
@@ -75,10 +86,10 @@ def _costs(one: Answer, full: Answer) -> str:
     rows: list[tuple[str, str, str, float | None]] = [
         ("", f"visual tokens{where}", f"{one.tokens:,}", one.tokens / full.tokens),
         ("", "prefill FLOPs", flops(one.flops), one.flops / full.flops),
-        ("", "time to first token", f"{times.ttft:.3g} ms", times.ttft / before.ttft),
-        ("part", "vision encoder", f"{times.encoder:.3g} ms", None),
-        ("part", "selection", f"{times.selection:.2g} ms", None),
-        ("part", "language model", f"{times.prefill:.3g} ms", times.prefill / before.prefill),
+        ("", "time to first token", _ms(times.ttft), times.ttft / before.ttft),
+        ("part", "vision encoder", _ms(times.encoder), None),
+        ("part", "selection", _ms(times.selection), None),
+        ("part", "language model", _ms(times.prefill), times.prefill / before.prefill),
     ]
     lines = ['<tr class="head"><td colspan="3">of all tokens</td></tr>']
     for kind, name, value, share in rows:
@@ -87,24 +98,27 @@ def _costs(one: Answer, full: Answer) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
+def _ms(time: float) -> str:
+    return f"{time:,.0f} ms" if time >= 100 else f"{time:.1f} ms"
+
+
 def flops(count: int) -> str:
     """`1.15 G`"""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
 
 
 def strategies(explorer: Explorer) -> str:
-    """A table, in Markdown, of what there is to choose, and why the rest is missing."""
+    """A list, in Markdown, of what there is to choose, and why the rest is missing."""
     lines = []
     for spec in explorer.offers:
         cls = strategy(name_of(spec))
-        summary = (cls.__doc__ or "").strip().partition("\n")[0].replace("|", r"\|")
-        paper = f"[{cls.paper}](https://arxiv.org/abs/{cls.paper})" if cls.paper else ""
-        lines.append(f"| `{spec}` | {summary} | {paper} |")
-    missing = "".join(f"\n- `{name}`: {reason}" for name, reason in explorer.missing.items())
-    return TABLE + "\n".join(lines) + "\n" + SPECS + (f"\nNot with this model:\n{missing}" if missing else "")
+        paper = f" ([{cls.paper}](https://arxiv.org/abs/{cls.paper}))" if cls.paper else ""
+        lines.append(f"- **{spec}**: {(cls.__doc__ or '').strip().partition(chr(10))[0]}{paper}")
+    missing = [f"- **{name}**: {reason}" for name, reason in explorer.missing.items()]
+    return "\n".join([*lines, SPECS, *(["Not with this model:\n", *missing] if missing else [])])
 
 
 def _picture(pictures: Sequence[Image.Image], alt: str) -> str:

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
 from dataclasses import dataclass
-from functools import wraps
 from importlib import resources
 from pathlib import Path
 from threading import Event
@@ -64,7 +63,6 @@ class Page:
     def _components(self) -> None:
         names = self.shelf.names
         self.given = gr.State(None, time_to_live=FORGET)
-        self.message = gr.HTML(visible=False, elem_id="message")
         self.gallery = gr.Gallery(
             label="Examples", show_label=False, allow_preview=False, columns=8, height="auto", buttons=[],
             elem_id="examples",
@@ -84,7 +82,7 @@ class Page:
                     self.one = gr.Dropdown(label="Strategy", allow_custom_value=True, elem_id="one")
                     self.two = gr.Dropdown(label="Another one", allow_custom_value=True, elem_id="two")
                 with gr.Group():
-                    self.keep = gr.Slider(1, 100, KEEP, step=1, label="keep, in %", buttons=[], elem_id="keep")
+                    self.keep = gr.Slider(1, 100, KEEP, step=1, label="keep", buttons=[], elem_id="keep")
                     self.budget = gr.HTML(elem_id="budget")
                 self.go = gr.Button("Compare", variant="primary", elem_id="go")
         self.results = gr.HTML(html.NO_ANSWERS, elem_id="results")
@@ -96,44 +94,32 @@ class Page:
         private: dict[str, Any] = {"api_visibility": "private"}
         quick: dict[str, Any] = {**private, "show_progress": "hidden"}
         begun = [
-            self.message, self.given, self.preview, self.question, self.one, self.two, self.budget, self.results,
+            self.given, self.preview, self.question, self.one, self.two, self.budget, self.results,
             self.gallery, self.table,
         ]  # fmt: skip
-        chosen = [self.message, self.given, self.preview, self.question, self.budget, self.results]
+        chosen = [self.given, self.preview, self.question, self.budget, self.results]
         answers: dict[str, Any] = {
-            **private, "inputs": asked, "outputs": [self.message, self.results], "concurrency_id": "model",
+            **private, "inputs": asked, "outputs": self.results, "concurrency_id": "model",
             "concurrency_limit": 1, "show_progress_on": self.results,
         }  # fmt: skip
-        compare = self._saying(self._compare)
         look: dict[str, Any] = {"fn": None, "js": LOOK}
-        self.blocks.load(self._saying(self._begin), [self.model, self.keep], begun, **quick)
-        self.model.change(self._saying(self._begin), [self.model, self.keep], begun, **private)
-        self.drop.upload(
-            self._saying(self._upload), [self.model, self.drop, self.keep], [*chosen, self.drop], **private
-        )
-        example = self.gallery.select(self._saying(self._choose), [self.model, self.keep], chosen, **quick)
+        self.blocks.load(self._begin, [self.model, self.keep], begun, **quick)
+        self.model.change(self._begin, [self.model, self.keep], begun, **private)
+        self.drop.upload(self._upload, [self.model, self.drop, self.keep], [*chosen, self.drop], **private)
+        example = self.gallery.select(self._choose, [self.model, self.keep], chosen, **quick)
         self.keep.change(self._slide, [self.given, self.keep], self.budget, queue=False, **quick)
-        self.keep.release(compare, **answers, trigger_mode="always_last").then(**look)
+        self.keep.release(self._compare, **answers, trigger_mode="always_last").then(**look)
         for event in (example.then, self.question.submit, self.go.click):
-            event(compare, **answers).then(**look)
-
-    def _saying(self, handler: Callable[..., Updates]) -> Callable[..., Updates]:
-        """What a visitor got wrong becomes a message; anything else is a bug, with its traceback on the terminal."""
-
-        @wraps(handler)
-        def answer(*values: Any) -> Updates:
-            try:
-                return {self.message: gr.update(visible=False), **handler(*values)}
-            except VtcError as error:
-                return {self.message: gr.update(value=html.alert(str(error)), visible=True)}
-
-        return answer
+            event(self._compare, **answers).then(**look)
 
     # ----------------------------------------------------------------------------------------------------- handlers
 
     def _begin(self, model: str, keep: float) -> Updates:
         """A model's strategies and examples, with the first example chosen."""
-        explorer = self.shelf[model]
+        try:
+            explorer = self.shelf[model]
+        except VtcError as error:  # it cannot be loaded
+            return {self.results: html.alert(str(error))}
         wanted = [next((spec for spec in explorer.offers if name_of(spec) == name), "") for name in FIRST]
         pictures = [(_still(one.visual), one.question) for one in explorer.examples]
         return {
@@ -155,12 +141,13 @@ class Page:
         }
 
     def _upload(self, model: str, path: str, keep: float) -> Updates:
-        nothing = {self.given: None, self.preview: "", self.budget: "", self.results: html.NO_ANSWERS, self.drop: None}
+        emptied = {self.drop: None}  # ready for the next file
         try:
             explorer = self.shelf[model]
-            return {**nothing, **self._show(explorer, explorer.open(Path(path)), Path(path).name, keep)}
+            return {**emptied, **self._show(explorer, explorer.open(Path(path)), Path(path).name, keep)}
         except VtcError as error:
-            return {**nothing, self.message: gr.update(value=html.alert(str(error)), visible=True)}
+            nothing = {self.given: None, self.budget: html.NO_BUDGET, self.results: html.NO_ANSWERS}
+            return {**emptied, **nothing, self.preview: html.alert(str(error))}
 
     def _show(self, explorer: Explorer, visual: Visual, name: str, keep: float) -> Updates:
         given = Given(visual, explorer.tokens(visual))
@@ -172,13 +159,16 @@ class Page:
         }
 
     def _slide(self, given: Given | None, keep: float) -> str:
-        return "" if given is None else html.budget(given.tokens, keep)
+        return html.NO_BUDGET if given is None else html.budget(given.tokens, keep)
 
-    def _compare(self, model: str, given: Given | None, question: str, one: str, two: str, keep: float) -> Updates:
-        if given is None:
-            raise VtcError("there is nothing to ask about: drop a picture, or click on an example")
+    def _compare(self, model: str, given: Given | None, question: str, one: str, two: str, keep: float) -> str:
         specs = [spec for spec in (one, two) if spec and spec != NO_OTHER]
-        return {self.results: html.cards(self.shelf[model].compare(given.visual, question, specs, keep / 100))}
+        try:
+            if given is None:
+                raise VtcError("there is nothing to ask about: drop a picture, or click on an example")
+            return html.cards(self.shelf[model].compare(given.visual, question, specs, keep / 100))
+        except VtcError as error:
+            return html.alert(str(error))
 
 
 def launch(page: Page, host: str, port: int | None) -> str:
@@ -187,6 +177,7 @@ def launch(page: Page, host: str, port: int | None) -> str:
     Raises:
         VtcError: the address or the port cannot be had.
     """
+    _check_address(host, port)
     try:
         _, address, _ = page.blocks.queue(max_size=WAITING).launch(
             server_name=host,
@@ -203,9 +194,20 @@ def launch(page: Page, host: str, port: int | None) -> str:
             theme=gr.themes.Base(font=FONT, font_mono=MONO),
             css_paths=[Path(str(resources.files("vtc.eval"))) / "assets" / "explore.css"],
         )
-    except (OSError, OverflowError, ValueError) as error:
-        raise VtcError(f"cannot listen on {host}, port {port or 'any'}: {error}") from error
+    except (OSError, ValueError) as error:  # every port is taken, or a proxy stands before this machine itself
+        raise VtcError(f"cannot serve the page on {host}: {error}") from error
     return address
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Refuse what cannot be listened on; gradio would try for minutes."""
+    try:
+        family, kind, protocol, _, (name, *_) = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((name, port or 0))
+    except (OSError, OverflowError) as error:
+        raise VtcError(f"cannot listen on {host}, port {port or 'any'}: {error}") from error
 
 
 def serve(shelf: Shelf, host: str, port: int | None) -> None:
