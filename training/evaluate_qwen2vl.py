@@ -33,6 +33,7 @@ SPECS = {
     "fastervlm, `saliency=received`": ["fastervlm:saliency=received"],
     "divprune": ["divprune"],
     "todre, `pivot=received`": ["todre:pivot=received"],
+    "holitom": ["holitom"],
     "fastv": ["fastv"],
     "random, 3 seeds": [f"random:seed={seed}" for seed in range(3)],
     "uniform": ["uniform"],

@@ -52,12 +52,12 @@ TINTS = tuple(COLOURS)
 KINDS = ("background", *SHAPES, *DIGITS, *WORDS)
 MOTIONS = ("", *WAYS)
 MERGE = 2
-QUESTIONS = 10  # per medium and step
+QUESTIONS = 7  # per medium and step
 BEFORE = 3  # tokens in front of the visual ones: BOS, `USER:`, START
 # How much more often a type is drawn than it occurs, where a medium has more questions than there are slots.
 WEIGHTS = {
-    "digit": 1.5, "colour": 0.5, "shape": 0.5, "where": 1.5, "word": 1.5, "count": 1.5, "exist": 1.5, "relation": 2.0,
-    "order": 2.0, "motion": 1.5,
+    "digit": 2.0, "colour": 0.4, "shape": 0.4, "where": 2.5, "word": 2.0, "count": 2.5, "exist": 0.8, "relation": 2.5,
+    "order": 1.5, "motion": 2.5,
 }  # fmt: skip
 
 
@@ -82,8 +82,8 @@ class Stage:
 STAGES = (
     Stage("crops", 150, (96,), 16, 0.02, 2e-3, 0.3, 20, 0, crops=True),
     Stage("media", 100, (24, 24), 12, 0.02, 2e-3, 0.3, 20, 10_000_000),
-    Stage("joint", 1200, (14, 14), 8, 0.02, 1e-3, 1.0, 50, 20_000_000, answers=True, tower=0.5),
-    Stage("settle", 1200, (14, 14), 8, 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
+    Stage("joint", 800, (14, 14), 8, 0.02, 1e-3, 1.0, 50, 20_000_000, answers=True, tower=0.5),
+    Stage("settle", 1050, (14, 14), 8, 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
 )
 SAVE_EVERY = 50
 REPORT_EVERY = 25
@@ -143,7 +143,9 @@ def build() -> Qwen2VLForConditionalGeneration:
     position = clip.embeddings.position_embedding.weight[1:].std().item()
     # A still picture shows each frame twice. CLIP normalises what it embeds together with positions.
     scale = (first.square().sum((1, 2, 3)).mean() + position**2).rsqrt()
-    tower.patch_embed.proj.weight.copy_((first * scale)[:, :, None].expand(-1, -1, 2, -1, -1) / 2)
+    # What moves shows in what one frame has more than the other: nothing where the two are equal.
+    change = first[torch.randperm(width)]
+    tower.patch_embed.proj.weight.copy_(torch.stack([first + change, first - change], 2) * scale / 2)
     head = width // tower.config.num_heads
     for block, layer in zip(tower.blocks, clip.encoder.layers, strict=False):
         old = layer.self_attn
@@ -304,7 +306,7 @@ class Heads(nn.Module):
         weight[0] = 0.15  # most patches are background
         true = t.kind.flatten()
         loss = functional.cross_entropy(kind, true, weight)
-        for logits, wanted, share in ((tint, t.tint, 1.0), (motion, t.motion, 0.5)):
+        for logits, wanted, share in ((tint, t.tint, 1.0), (motion, t.motion, 2.0)):
             # The sum is divided by hand: a group may have none.
             total = functional.cross_entropy(logits, wanted.flatten(), ignore_index=-1, reduction="sum")
             loss = loss + share * total / (wanted >= 0).sum().clamp(min=1)
