@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vtc import adapters
 from vtc.eval import flops, latency
-from vtc.eval.estimate import view_tokens
+from vtc.eval.estimate import SELECTION, cut, selection, view_tokens
 from vtc.eval.made_up import count
-from vtc.eval.plan import Setting
+from vtc.eval.plan import Setting, named
+from vtc.report import Report
+
+HARMLESS = frozenset(
+    {"keep", "positions", "seed", "layer", "stages", "truncate"}
+)  # options that change no work per cut
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Sizes:
     sequence_out: int
     encoder_flops: int
     projector_flops: int
+    selection_flops: int | None  # at every place where tokens leave; None where there is no closed form
     prefill_flops: int  # language model, one row of logits
     decode_flops: int  # of the first generated token
     kv_cache_bytes: int  # after the prompt
@@ -54,10 +61,38 @@ def sizes(model: Any, setting: Setting, inputs: dict[str, Tensor], tokens: int |
         sequence_out=lengths[-1],
         encoder_flops=encoder_flops(config.vision_config, run.images, inputs),
         projector_flops=flops.projector_flops(config, projected(config, run.images, inputs, given)),
+        selection_flops=0 if report is None else selection_flops(config, setting, report, run.images, inputs),
         prefill_flops=flops.prefill_flops(text, lengths),
         decode_flops=flops.decode_flops(text, [length + 1 for length in lengths]),
         kv_cache_bytes=flops.kv_cache_bytes(text, lengths, model.dtype),
     )
+
+
+def selection_flops(config: Any, setting: Setting, report: Report, views: int, inputs: dict[str, Tensor]) -> int | None:
+    """FLOPs of choosing survivors, as `vtc flops` counts them.
+
+    `None` where a strategy has options that may change its work, or none of ours, or the prompt shows several things.
+    """
+    changed = {key for one in setting.compressors for key in named(str(one))} - HARMLESS
+    if changed or len(report.layouts) != 1 or not all(one.name in SELECTION for one in setting.compressors):
+        return None
+    (layout,), vision = report.layouts, config.vision_config
+    grids = [
+        grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, torch.empty(0)).tolist()
+    ]
+    if vision.model_type in flops.PACKED:
+        looks = sum(frames * (rows * columns) ** 2 for frames, rows, columns in grids)
+    else:
+        looks = views * flops.per_edge(vision) ** 4
+    text = inputs["input_ids"].shape[1] - layout.tokens
+    frames = len(layout.views) if layout.clip else 1
+    total, before = 0, layout.tokens
+    for stage in report.stages:
+        after = len(stage.kept[0])
+        name = stage.spec.partition(":")[0]
+        total += selection(name, [cut(config, before, after, text, frames, looks)]).flops if after < before else 0
+        before = after
+    return total
 
 
 def encoder_flops(vision_config: Any, views: int, inputs: dict[str, Tensor]) -> int:

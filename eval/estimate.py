@@ -401,7 +401,7 @@ def estimate(
         seen=seen,
         encoder=work[0],
         projector=work[1],
-        selection=None if strategy is None else selection(strategy, _cuts(config, decoder, tokens, visual, text, seen)),
+        selection=None if strategy is None else selection(strategy, _cuts(config, tokens, visual, text, seen)),
         prefill=prefill(text_config, lengths, **options),
         full=prefill(text_config, tokens + text, **options),
         decode=tuple(
@@ -424,21 +424,29 @@ def _schedule(schedule: str | Sequence[tuple[int, int]] | None, depth: int, toke
     return pairs
 
 
-def _cuts(config: Any, decoder: Decoder, tokens: int, visual: Sequence[int], text: int, seen: Seen | None) -> list[Cut]:
+def _cuts(config: Any, tokens: int, visual: Sequence[int], text: int, seen: Seen | None) -> list[Cut]:
     """Every place where tokens are dropped: in front of the first layer, or between two."""
-    vision = getattr(config, "vision_config", None)
-    sizes: dict[str, Any] = dict(
+    frames, looks = (1, None) if seen is None else (seen.pictures, seen.pairs(config))
+    steps = zip([tokens, *visual], visual, strict=False)
+    return [cut(config, before, after, text, frames, looks) for before, after in steps if after < before]
+
+
+def cut(config: Any, before: int, after: int, text: int, frames: int = 1, looks: int | None = None) -> Cut:
+    """One place where tokens are dropped, with the sizes of a model."""
+    vision: Any = getattr(config, "vision_config", None)
+    decoder = Decoder.of(getattr(config, "text_config", config))
+    return Cut(
+        before=before,
+        after=after,
         text=text,
         width=decoder.width,
         attended=decoder.heads * decoder.head_width,
         keyed=decoder.key_heads * decoder.head_width,
         encoder_width=getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0),
         encoder_layers=getattr(vision, "num_hidden_layers", 0),
-        frames=1 if seen is None else seen.pictures,
-        looks=None if seen is None else seen.pairs(config),
+        frames=frames,
+        looks=looks,
     )
-    steps = zip([tokens, *visual], visual, strict=False)
-    return [Cut(before, after, **sizes) for before, after in steps if after < before]
 
 
 # -------------------------------------------------------------------------------------------------------------- table

@@ -143,7 +143,7 @@ def budgets(spec: str, keeps: Sequence[int | float]) -> list[tuple[Compressor, .
     A strategy that by default keeps nothing has no budget to vary.
     """
     first, *others = as_compressors(spec)
-    if "keep" in _named(spec) or not keeps or first.keep == 0:
+    if "keep" in named(spec) or not keeps or first.keep == 0:
         return [(first, *others)]
     return [(replace(first, keep=keep), *others) for keep in keeps]
 
@@ -154,7 +154,7 @@ def _expand(spec: str, keeps: Sequence[int | float], seed: int, seeds: int) -> l
         return []  # every run has it
     found = budgets(spec, keeps)
     first = found[0][0]
-    if first.name != "random" or "seed" in _named(spec):
+    if first.name != "random" or "seed" in named(spec):
         return found
     return [(parse(f"{one},seed={seed + k}"), *others) for one, *others in found for k in range(seeds)]
 
@@ -167,12 +167,12 @@ def _scaled(spec: str, keeps: Sequence[int | float]) -> list[int | float]:
     """The budgets of `downsample` or `downsample:keep=0.25`. It is no compressor, so nothing else can be set."""
     if "+" in spec:
         raise SpecError(f"{spec}: downsample is no compressor, so nothing can follow it; give it alone")
-    if others := _named(spec) - {"keep", ""}:
+    if others := named(spec) - {"keep", ""}:
         raise SpecError(f"{spec}: downsample has no '{others.pop()}'; all that can be set is keep")
     return [one.keep for one, *_ in budgets(spec.replace(DOWNSAMPLE, BASELINES[1], 1), keeps)]
 
 
-def _named(spec: str) -> set[str]:
+def named(spec: str) -> set[str]:
     """The keys that the first compressor of a spec is given."""
     return {part.partition("=")[0].strip() for part in spec.partition("+")[0].partition(":")[2].split(",")}
 

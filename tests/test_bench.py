@@ -18,7 +18,7 @@ import vtc
 from checkpoints import TOKENS, save_llava
 from vtc import adapters, zoo
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
-from vtc.eval import accuracy, bench, flops, latency, plot, scenes, table, tasks
+from vtc.eval import accuracy, bench, costs, flops, latency, plot, scenes, table, tasks
 from vtc.eval.items import Item
 
 LIMIT = 24
@@ -394,6 +394,26 @@ def test_rows_tell_tokens_and_flops(finished: Any) -> None:
     assert (blind["encoder_flops"], blind["projector_flops"], blind["encoder_ms"]) == (0, 0, 0)
     assert full["prefill_flops_ratio"] == 1 > half["prefill_flops_ratio"] > blind["prefill_flops_ratio"] > 0
     assert full["kv_cache_bytes"] > half["kv_cache_bytes"] > blind["kv_cache_bytes"]
+
+
+def test_the_work_of_selection_is_counted_where_there_is_a_closed_form(loaded: Any, items: list[Item]) -> None:
+    model, inputs = loaded[0], first(loaded, items)
+    text = inputs["input_ids"].shape[1] - TOKENS
+    row, pairs, chosen = TOKENS * 32, TOKENS**2 * 32, 5 * TOKENS * 32  # encoder and language model are 32 wide
+    wanted = {
+        "uniform:keep=5": 0,
+        "fastervlm:keep=5": row,
+        "divprune:keep=5": pairs + chosen,
+        "todre:keep=5,seed=3,positions=original": row + chosen,
+        "divprune:keep=5+fastv:layer=1,keep=3": pairs + chosen + (5 + text) * 32,
+        "fastv:layer=1,keep=1.0": 0,  # nothing is dropped
+        "todre:keep=5,pivot=mean": None,  # another pivot, other work
+    }
+    for spec, macs in wanted.items():
+        setting = bench.Setting("asked", vtc.compressor.as_compressors(spec))
+        found = costs.sizes(model, setting, inputs).selection_flops
+        assert found == (None if macs is None else 2 * macs), spec
+    assert costs.sizes(model, bench.Setting("none"), inputs).selection_flops == 0
 
 
 def test_measured_and_computed_cache_agree(finished: Any, loaded: Any) -> None:
