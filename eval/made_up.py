@@ -49,7 +49,8 @@ class MadeUp:
             raise VtcError(f"--size is {self.width}x{self.height}; use at least 1x1")
 
     def __str__(self) -> str:
-        shown = "picture" if self.frames is None else f"clip of {self.frames} frames"
+        frames = f"{self.frames} frame{'' if self.frames == 1 else 's'}"
+        shown = "picture" if self.frames is None else f"clip of {frames}"
         return f"one made-up {shown} of {self.width} x {self.height} pixels, {self.text} tokens of text"
 
     @torch.no_grad()
