@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,8 +45,8 @@ SHORTEST = 4  # frames of a scene
 FRAMES = (16, 32)
 SHAPE_SIZES = range(15, 22)  # pixels
 DIGIT_SIZES = range(17, 23)
-SPEEDS = (3, 4, 5, 6)  # pixels per frame
-DISTANCE = (16, 36)  # pixels a moving thing goes
+SPEEDS = (3, 4, 5, 6, 7, 8)  # pixels per frame
+DISTANCE = (24, 40)  # pixels a moving thing goes
 PHOTO_SHARE = 0.2  # of the backgrounds
 EVAL_FRAMES = (16, 20, 24, 28, 32)  # few lengths, because only clips of one length make a batch
 EVAL_SCENES = 540  # clips, pictures and pairs behind `questions(split)`
@@ -58,7 +58,7 @@ PICTURES = ((1, 1), (1, 2), (2, 1), (2, 2))  # tiles down, across
 class Actor:
     """One thing and what becomes of it. Frames are counted from the start of the clip, ends are exclusive."""
 
-    kind: Literal["shape", "digit", "word"]
+    kind: str  # "shape", "digit" or "word"
     name: str
     colour: str
     opacity: np.ndarray  # (h, w) float32 in [0, 1]
@@ -109,10 +109,10 @@ class Clip:
     @cached_property
     def states(self) -> list[int]:
         """For each frame the index of its picture in `pictures`: frames in which nothing happens share one."""
-        known: dict[tuple, int] = {}
+        known: dict[tuple[object, ...], int] = {}
         return [known.setdefault(self._state(frame), len(known)) for frame in range(self.length)]
 
-    def _state(self, frame: int) -> tuple:
+    def _state(self, frame: int) -> tuple[object, ...]:
         shown = [(i, a.place_at(frame), a.colour_at(frame)) for i, a in enumerate(self.actors) if a.shown(frame)]
         return (self.scene_at(frame), *shown)
 
@@ -161,7 +161,8 @@ class _Bag:
     """Draws names without repeating one before all were drawn."""
 
     def __init__(self, rng: random.Random, names: tuple[str, ...]) -> None:
-        self.rng, self.names, self.left = rng, names, []
+        self.rng, self.names = rng, names
+        self.left: list[str] = []
 
     def draw(self) -> str:
         if not self.left:
@@ -207,7 +208,9 @@ class _Maker:
 
     def scene(self, number: int, first: int, last: int, kinds: list[str]) -> list[Actor]:
         """Things for the frames first ... last - 1, none of which ever touches another."""
-        rng, actors, boxes = self.rng, [], []
+        rng = self.rng
+        actors: list[Actor] = []
+        boxes: list[tuple[int, int, int, int]] = []
         times = list(range(first + 2, last - 1, 2))
         rng.shuffle(times)
         for kind in kinds:
@@ -233,10 +236,10 @@ class _Maker:
                     break
         return actors
 
-    def fate(self, kind: str, first: int, last: int, times: list[int]) -> dict:
+    def fate(self, kind: str, first: int, last: int, times: list[int]) -> dict[str, Any]:
         """What becomes of a thing; an event takes its time from `times`, so that no two happen at once."""
         rng = self.rng
-        fate: dict = {"start": first, "end": last}
+        fate: dict[str, Any] = {"start": first, "end": last}
         if not times:
             return fate
         if kind == "digit":

@@ -24,7 +24,7 @@ from vtc.eval import accuracy
 from vtc.eval.clips import QUESTION_TYPES, questions
 from vtc.eval.items import Item, digest, majority
 
-KEEPS = (0.5, 0.25, 0.1, 0.05)
+KEEPS = {"original": (0.5, 0.25, 0.1, 0.05, 0.025), "contiguous": (0.25, 0.05)}  # by positions of the survivors
 STRATEGIES = {
     "holitom": "holitom",
     "fastervlm (`saliency=received`)": "fastervlm:saliency=received",
@@ -37,7 +37,6 @@ STRATEGIES = {
     "uniform": "uniform",
     "pool": "pool",
 }
-POSITIONS = ("original", "contiguous")
 BATCH = 20
 BLIND = "blind"
 
@@ -57,13 +56,15 @@ class Judge:
         self.model, self.processor = vtc.zoo.load(str(folder))
         self.items = list(questions(split, limit))
         self.words = accuracy.longest_answer(self.processor, self.items)
+        self.prepared: dict[bool, list[accuracy.Batch]] = {}
 
     def right(self, what: str) -> Right:
         """Which questions are answered right under a spec, or without seeing anything."""
         blind = what == BLIND
-        prepared = accuracy.batches(self.processor, self.items, BATCH, blind=blind)
+        if blind not in self.prepared:
+            self.prepared[blind] = accuracy.batches(self.processor, self.items, BATCH, blind=blind)
         with vtc.compress(self.model, "none" if blind else what):
-            answers = accuracy.answer(self.model, self.processor, prepared, self.words)
+            answers = accuracy.answer(self.model, self.processor, self.prepared[blind], self.words)
         return [accuracy.right(answer, item) for answer, item in zip(answers, self.items, strict=True)]
 
 
@@ -107,14 +108,14 @@ def curve(found: dict[str, Right], positions: str) -> str:
             if not name.endswith("0"):
                 continue
             cells = []
-            for keep in KEEPS:
+            for keep in KEEPS[positions]:
                 seeds = [found[spec(f"random, seed {seed}", keep, positions)] for seed in range(3)]
                 shares = sorted(100 * sum(right) / len(right) for right in seeds)
                 cells.append(f"{sum(shares) / 3:.1f} ({shares[0]:.1f}-{shares[-1]:.1f})")
             rows.append(["random, 3 seeds: mean (range)", *cells])
         else:
-            rows.append([name, *(percent(found[spec(name, keep, positions)]) for keep in KEEPS)])
-    return table(["kept", *(f"{100 * keep:.0f} %" for keep in KEEPS)], rows)
+            rows.append([name, *(percent(found[spec(name, keep, positions)]) for keep in KEEPS[positions])])
+    return table(["kept", *(f"{100 * keep:g} %" for keep in KEEPS[positions])], rows)
 
 
 def by_type(items: Sequence[Item], columns: dict[str, Right]) -> str:
@@ -136,12 +137,12 @@ def main() -> None:
     items = list(questions(arguments.split))
     part = items[: arguments.limit]
     whole = measure(arguments.folder, arguments.split, None, ["none", BLIND], arguments.workers)
-    specs = [spec(name, keep, positions) for positions in POSITIONS for keep in KEEPS for name in STRATEGIES]
+    specs = [spec(name, keep, positions) for positions in KEEPS for keep in KEEPS[positions] for name in STRATEGIES]
     found = measure(arguments.folder, arguments.split, arguments.limit, specs, arguments.workers)
     full = sum(whole["none"]) / len(items)
     shown = {
-        f"{name.split(' ')[0]}, {100 * keep:.0f} %": found[spec(name, keep, "original")]
-        for keep in (0.25, 0.1)
+        f"{name.split(' ')[0].strip(',')}, {100 * keep:g} %": found[spec(name, keep, "original")]
+        for keep in (0.25, 0.05)
         for name in ("holitom", "fastervlm (`saliency=received`)", "divprune", "uniform", "random, seed 0")
     }
     fields = {

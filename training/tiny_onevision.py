@@ -51,6 +51,7 @@ from vtc.eval.clips import (
     SCENES,
     TILE,
     WAYS,
+    Actor,
     Clip,
     Clips,
     Pair,
@@ -107,7 +108,7 @@ STAGES = (
     Stage("tiles", 350, 96, 0, 0, 0.006, 1e-3, 0.02, 30, 0),
     Stage("short", 600, 0, 24, 12, 0.02, 1e-3, 1.0, 100, 10_000_000, (6, 12), (1, 2)),
     Stage("long", 300, 32, 16, 8, 0.015, 1e-3, 1.0, 1, 20_000_000, (12, 24), (1, 3), 0.5),
-    Stage("settle", 700, 0, 16, 6, 0.015, 1e-3, 0.01, 1, 30_000_000),
+    Stage("settle", 850, 0, 16, 6, 0.015, 1e-3, 0.01, 1, 30_000_000),
 )
 SAVE_EVERY = 50
 REPORT_EVERY = 25
@@ -244,6 +245,8 @@ def _shrunk(image: np.ndarray) -> np.ndarray:
 class Heads(nn.Module):
     """Training only: name and place what each patch shows; name the tile from what its patches attend to on average.
 
+    Patches also keep their mean colour. Otherwise all backgrounds would look the same, and cuts could not be seen.
+
     The latter makes the attention that a patch receives in the last layer a saliency map, though there is no [CLS].
     """
 
@@ -251,6 +254,7 @@ class Heads(nn.Module):
         super().__init__()
         self.patch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(KINDS) + len(TINTS)))
         self.place = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * SIDE))
+        self.shade = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3))
         deep, pairs = 2 * width, len(KINDS) * len(TINTS)
         self.scene = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, deep), nn.GELU(), nn.Linear(deep, pairs))
 
@@ -278,6 +282,11 @@ class Heads(nn.Module):
         logits = self.place(states).float().unflatten(-1, (2, SIDE)).flatten(0, 2)
         return functional.cross_entropy(logits, place.flatten(), ignore_index=-1)
 
+    def shade_loss(self, states: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """`states` (B, patches, D) of `pixels` (B, 3, 64, 64)."""
+        wanted = functional.avg_pool2d(pixels, PATCH).flatten(2).transpose(1, 2)  # (B, patches, 3)
+        return functional.smooth_l1_loss(self.shade(states).float(), wanted)
+
 
 # ---------------------------------------------------------------------------------------------------- what the LM sees
 
@@ -290,7 +299,7 @@ class Shown:
     index: torch.Tensor  # (B, views): the tile of every view or frame
     layout: str | tuple[int, int]  # "clip", "pair", or tiles down and across
     asked: tuple[tuple[Question, ...], ...]
-    clips: tuple[Clip, ...] = ()
+    told: torch.Tensor  # (B, N, 6): targets of `Chronicle` for the visual tokens
 
     def tokens(self, features: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
         """Projected features (T, 64, D) to visual tokens (B, N, D), as the model packs them."""
@@ -313,38 +322,52 @@ def show_clips(clips: Sequence[Clip]) -> Shown:
     pictures = [clip.pictures[0] for clip in clips]
     starts = np.cumsum([0, *map(len, pictures)])
     index = np.stack([start + np.array(clip.states) for start, clip in zip(starts, clips, strict=False)])
+    told = np.stack([np.concatenate([chronicle(clip), LINE]) for clip in clips])
     asked = tuple(clip.questions for clip in clips)
-    return Shown(_pixels(np.concatenate(pictures)), torch.from_numpy(index), "clip", asked, tuple(clips))
+    return Shown(_pixels(np.concatenate(pictures)), torch.from_numpy(index), "clip", asked, torch.from_numpy(told))
 
 
 def show_pictures(pictures: Sequence[Clip]) -> Shown:
     """Pictures of equal size: each as a whole, scaled to one tile, and its crops."""
-    views = []
+    views, told = [], []
     for picture in pictures:
         image = picture.frames[0]
         down, across = (n // TILE for n in image.shape[:2])
         crops = image.reshape(down, TILE, across, TILE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, TILE, TILE, 3)
         views.append(np.concatenate([_shrunk(image)[None], crops]))
+        owner = picture.owners(PATCH)[0]  # (down * 8, across * 8)
+        whole = owner.reshape(SIDE, down, SIDE, across).max((1, 3))
+        rows = [part for row in owner for part in (_placed(picture, row, 0), LINE)]
+        told.append(np.concatenate([_placed(picture, whole.ravel(), 0), *rows]))
     stacked = np.stack(views)
     index = torch.arange(stacked.shape[0] * stacked.shape[1]).view(stacked.shape[:2])
     asked = tuple(picture.questions for picture in pictures)
-    return Shown(_pixels(stacked.reshape(-1, TILE, TILE, 3)), index, (down, across), asked)
+    tiles = _pixels(stacked.reshape(-1, TILE, TILE, 3))
+    return Shown(tiles, index, (down, across), asked, torch.from_numpy(np.stack(told)))
 
 
 def show_pairs(pairs: Sequence[Pair]) -> Shown:
     """Pairs of pictures of one tile."""
     tiles = np.concatenate([picture.frames for pair in pairs for picture in pair.pictures])
-    return Shown(_pixels(tiles), torch.arange(len(tiles)).view(-1, 2), "pair", tuple(pair.questions for pair in pairs))
+    told = []
+    for pair in pairs:
+        both = [_placed(picture, picture.owners(PATCH)[0].ravel(), i) for i, picture in enumerate(pair.pictures)]
+        told.append(np.concatenate([both[0], LINE, both[1], LINE]))
+    index = torch.arange(len(tiles)).view(-1, 2)
+    asked = tuple(pair.questions for pair in pairs)
+    return Shown(_pixels(tiles), index, "pair", asked, torch.from_numpy(np.stack(told)))
 
 
 class Chronicle(nn.Module):
-    """Training only: from the states of the language model at each token of a clip, what has happened so far.
+    """Training only: from the states of the language model at each visual token, what has happened so far.
 
-    Of the thing in the token: where it is, whether it has turned another colour, which way it has moved; of a digit:
-    how many digits came before it, and what shape vanished last before; of every token: the number of its scene.
+    Of the thing in the token: where in the picture it is, whether it has turned another colour, which way it has moved;
+    of a digit: how many digits came before it, and what shape vanished last before; of every token: the number of its
+    scene, or of its picture in a pair.
     """
 
     SIZES = {"place": 9, "turned": 2, "moved": 5, "rank": 6, "gone": 9, "scene": 4}
+    NOTHING = {"turned": 0.15, "moved": 0.15, "gone": 0.3}  # how much it counts that nothing has happened, as mostly
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -355,9 +378,9 @@ class Chronicle(nn.Module):
         total = torch.zeros(())
         for level, state in zip(self.levels, states, strict=True):
             parts = level(state).float().flatten(0, 1).split(list(self.SIZES.values()), 1)
-            for part, wanted in zip(parts, targets.flatten(0, 1).unbind(1), strict=True):
+            for name, part, wanted in zip(self.SIZES, parts, targets.flatten(0, 1).unbind(1), strict=True):
                 weight = torch.ones(part.shape[1])
-                weight[0] = 0.3  # mostly, nothing has happened yet
+                weight[0] = self.NOTHING.get(name, 1.0)
                 loss = functional.cross_entropy(part, wanted, weight, ignore_index=-1, reduction="sum")
                 total = total + loss / (wanted >= 0).sum().clamp(min=1)
         return total / 2
@@ -379,13 +402,29 @@ def chronicle(clip: Clip) -> np.ndarray:
         for frame in range(actor.start, actor.end):
             turned = int(actor.later is not None and frame >= actor.turning)
             moved = 1 + ways.index(actor.way) if actor.way and frame > actor.moving[0] else 0
-            (left, top), (height, width) = actor.place_at(frame), actor.opacity.shape
-            place = 3 * int(3 * (top + height / 2) / TILE) + int(3 * (left + width / 2) / TILE)
-            table[frame, i + 1] = (place, turned, moved, rank, gone, 0)
+            table[frame, i + 1] = (_ninth(actor, frame, TILE, TILE), turned, moved, rank, gone, 0)
     for frame in range(clip.length):
         table[frame, :, 5] = clip.scene_at(frame)
     owners = clip.owners(2 * PATCH).reshape(-1, (SIDE // 2) ** 2)[clip.states]  # (frames, 16)
     return np.take_along_axis(table, owners[..., None], 1).reshape(-1, 6)
+
+
+LINE = np.full((1, 6), -1)  # of a newline nothing is told
+
+
+def _ninth(actor: Actor, frame: int, height: int, width: int) -> int:
+    """In which of 3 x 3 parts of the picture the middle of a thing is."""
+    (left, top), (tall, wide) = actor.place_at(frame), actor.opacity.shape
+    return 3 * int(3 * (top + tall / 2) / height) + int(3 * (left + wide / 2) / width)
+
+
+def _placed(picture: Clip, owner: np.ndarray, number: int) -> np.ndarray:
+    """Targets of `Chronicle` for patches with these owners (P,), in picture `number` of the prompt: (P, 6)."""
+    height, width = picture.backgrounds[0].shape[:2]
+    ninths = np.array([-1, *(_ninth(actor, 0, height, width) for actor in picture.actors)])
+    table = np.full((len(owner), 6), -1)
+    table[:, 0], table[:, 5] = ninths[owner], number
+    return table
 
 
 def draw(questions: Sequence[Question], slots: int, rng: random.Random) -> list[Question]:
@@ -440,12 +479,14 @@ class Trainer:
             torch.from_numpy(np.stack(part)) for part in zip(*((t.kind, t.tint, t.place) for t in made), strict=True)
         )
         with torch.autocast("cpu", torch.bfloat16):
-            states = look(self.tower, _pixels(np.stack([tile.image for tile in made])))
+            pixels = _pixels(np.stack([tile.image for tile in made]))
+            states = look(self.tower, pixels)
             patch, right = self.heads.patch_loss(states, kind, tint)
             where = self.heads.place_loss(states, place)
             scene = self.heads.scene_loss(self.mixed[0], kind, tint)
-        told = {"patch": patch.item(), "place": where.item(), "scene": scene.item(), "kind": right}
-        return {"loss": patch + 0.5 * where + 10 * scene, **told}
+            shade = self.heads.shade_loss(states, pixels)
+        told = {"patch": patch.item(), "place": where.item(), "scene": scene.item(), "shade": shade.item()}
+        return {"loss": patch + 0.5 * where + 10 * scene + 2 * shade, "kind": right, **told}
 
     def losses(self, stage: Stage, step: int) -> Iterator[dict[str, torch.Tensor | float]]:
         """The losses of a step: tiles, clips of one length, and pictures of one size or pairs."""
@@ -457,8 +498,7 @@ class Trainer:
             seeds = self.group.share(stage.first_seed + step * stage.clips, stage.clips)
             data = Clips("train", stage.frames, stage.scenes)
             shown = show_clips([data.make(seed, length) for seed in seeds])
-            targets = torch.from_numpy(np.stack([chronicle(clip) for clip in shown.clips]))
-            yield self.loss(shown, QUESTIONS, random.Random(f"{stage.name}-{seeds[0]}"), 1.0, targets)
+            yield self.loss(shown, QUESTIONS, random.Random(f"{stage.name}-{seeds[0]}"))
         if stage.stills:
             layout = rng.choice(["pair", "pair", *PICTURES])
             seeds = self.group.share(stage.first_seed + step * stage.stills, stage.stills)
@@ -466,22 +506,19 @@ class Trainer:
                 shown = show_pairs([Pairs("train")[seed] for seed in seeds])
             else:
                 shown = show_pictures([Pictures("train").make(seed, layout) for seed in seeds])
-            yield self.loss(shown, STILL_QUESTIONS, random.Random(f"{stage.name}-{seeds[0]}-still"), 0.4)
+            out = self.loss(shown, STILL_QUESTIONS, random.Random(f"{stage.name}-{seeds[0]}-still"))
+            yield {"loss": 0.5 * out.pop("loss"), **{f"still_{name}": value for name, value in out.items()}}
 
-    def loss(
-        self, shown: Shown, slots: int, rng: random.Random, weight: float, targets: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor | float]:
+    def loss(self, shown: Shown, slots: int, rng: random.Random) -> dict[str, torch.Tensor | float]:
         packed = pack([draw(asked, slots, rng) for asked in shown.asked], slots)
         used = packed.types >= 0
         with torch.autocast("cpu", torch.bfloat16):
             answer, right = packing.answer(self.model, self.hidden(shown, packed), packed)
-            total, exact = weight * answer, right[used].float().mean().item()
-            if targets is None:
-                return {"loss": total, "still_answer": answer.item(), "still_exact": exact}
-            count = targets.shape[1]
+            count = shown.told.shape[1]
             states = [self.seen[depth][:, packing.PREFIX : packing.PREFIX + count] for depth in (2, 3)]
-            told = self.chronicle.loss(states, targets)
-        return {"loss": total + 0.3 * told, "answer": answer.item(), "exact": exact, "told": told.item()}
+            told = self.chronicle.loss(states, shown.told)
+        exact = right[used].float().mean().item()
+        return {"loss": answer + 0.3 * told, "answer": answer.item(), "exact": exact, "told": told.item()}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
