@@ -69,11 +69,17 @@ class Bench:
     processor: Any
     prompts: Prompts
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the usual prompt has equally many visual tokens at every scale, so that there is no `downsample`."""
+        least, most = self.prompts.reach
+        return least == most
+
     def able(self, plan: Sequence[Setting]) -> list[Setting]:
         """The settings of `plan` that this model can do. One that was asked for by name must be among them."""
         found = []
         for setting in plan:
-            if setting.scaled is not None and self.prompts.fixed:
+            if setting.scaled is not None and self.fixed:
                 if any(spec.startswith(DOWNSAMPLE) for spec in self.options.specs):
                     raise UnsupportedModelError(f"{DOWNSAMPLE}: {self.remarks([])[0]}")
                 continue
@@ -88,7 +94,7 @@ class Bench:
     def remarks(self, plan: Sequence[Setting]) -> list[str]:
         """What is to be known of the run as a whole."""
         least, most = self.prompts.reach
-        if self.prompts.fixed:
+        if self.fixed:
             family = adapters.find(self.model).family
             shown = f"no down-sampling baseline: {family} makes {most} visual tokens of such a prompt"
             return [f"{shown}, however small the pictures or frames in it are"]

@@ -32,11 +32,6 @@ class Prompts(Protocol):
         ...
 
     @property
-    def fixed(self) -> bool:
-        """Whether the number of visual tokens is the same at every scale, so that there is no `downsample`."""
-        ...
-
-    @property
     def reach(self) -> tuple[int, int]:
         """Visual tokens of the prompt that is timed, at the smallest scale and at full size."""
         ...
@@ -70,11 +65,6 @@ class Asked:
         """The first question about media of the usual size: the median of their areas."""
         areas = [sum(prod(downsample.shape(medium)) for medium in item.media) for item in self.items]
         return self.items[areas.index(median_low(areas))]
-
-    @cached_property
-    def fixed(self) -> bool:
-        shapes = {tuple(map(downsample.shape, item.media)): item for item in self.items}
-        return all(self.count(item, downsample.LEAST) == self.count(item) for item in shapes.values())
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -116,10 +106,6 @@ class Invented:
     model: Any
     made_up: MadeUp
     items: Sequence[Item] = ()
-
-    @property
-    def fixed(self) -> bool:
-        return len(set(self.reach)) == 1
 
     @cached_property
     def reach(self) -> tuple[int, int]:

@@ -116,7 +116,7 @@ def prefill_flops(row: Row) -> float:
 
 def amount(value: float) -> str:
     """A count, which as a mean may not be whole."""
-    return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
+    return f"{value:.1f}".removesuffix(".0")
 
 
 def without_gaps(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], notes: str = "") -> Table:
