@@ -96,7 +96,7 @@ def test_core_dependencies_are_torch_and_transformers(wheel: Path) -> None:
     requires = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     assert [line.split(">")[0] for line in requires if "extra ==" not in line] == ["torch", "transformers"]
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"triton", "video", "eval", "viz", "lmms", "docs", "test", "dev"}
+    assert extras == {"triton", "video", "eval", "viz", "lmms", "explore", "docs", "test", "dev"}
     assert "License: Apache-2.0" in lines
 
 
