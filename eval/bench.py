@@ -27,7 +27,7 @@ from vtc.eval.survivors import owners, survivors
 
 __all__ = ["SPLIT", "Bench", "Options", "Setting", "budgets", "check_folder", "environment", "load_model", "run"]
 
-DRAWN = ("grid", "kept", "sources")  # what a drawing of the survivors needs
+DRAWN = ("grid", "layout", "kept", "sources")  # what a drawing of the survivors needs
 SPLIT = "test"  # of the bundled questions
 NOTHING = resume.Earlier()
 

@@ -19,14 +19,15 @@ from vtc import picture
 from vtc.eval import content, tasks
 from vtc.eval.plot import BASELINES
 from vtc.eval.report import Row, Run, Sample
+from vtc.eval.survivors import layout_of
 from vtc.eval.table import Table, conditions, groups, label, prefill_flops, remarks_of, visual_tokens
-from vtc.visual import Layout
 
 if TYPE_CHECKING:
-    from vtc.eval.items import Item
+    from vtc.eval.items import Item, Medium
 
 TEMPLATE = Path(__file__).with_name("assets") / "report.html"
 SIDE = 256  # of a drawing, in pixels
+SHEET = 640  # of one of several views
 ROLES = {"none": "none", "blind": "blind", **dict.fromkeys(BASELINES, "baseline")}  # of the others: ""
 COSTS: dict[str, Callable[[Row], float | None]] = {
     "tokens": visual_tokens,
@@ -136,16 +137,10 @@ def cards(run: Run, limit: int) -> list[dict[str, Any]]:
     items = _items(run.rows[0].get("task") or tasks.DEFAULT, {sample["id"] for sample in chosen})
     found = []
     for sample in chosen:
-        reference, item = full[sample["id"]], items.get(sample["id"])
-        known = item is not None and item.question == sample["question"]
-        found.append(
-            {
-                "sample": sample,
-                "full": reference,
-                "before": _data(item.image) if known and item and not item.clips and len(item.images) == 1 else None,
-                "after": _drawing(item, sample) if known and item else None,
-            }
-        )
+        item = items.get(sample["id"])
+        known = item is not None and item.question == sample["question"] and len(item.media) == 1
+        before, after = _drawings(item.media[0], sample) if known and item else (None, None)
+        found.append({"sample": sample, "full": full[sample["id"]], "before": before, "after": after})
     return found
 
 
@@ -176,13 +171,25 @@ def _number(key: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _drawing(item: Item, sample: Sample) -> str | None:
-    """What survived, as `vtc show` draws it; `None` if the sample does not say."""
-    if not {"grid", "kept"} <= sample.keys():
-        return None
-    layout = Layout.frames(1, *sample["grid"])
-    drawn = picture.draw(item.image, layout, sample["kept"], sample.get("sources"), fit="resize")
-    return _data(drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+def _drawings(medium: Medium, sample: Sample) -> tuple[str | None, str | None]:
+    """A picture, and what survived of it, as `vtc show` draws it; of a clip, sheets of all frames.
+
+    What survived is `None` where the sample does not say, and so is a clip.
+    """
+    before = _data(medium) if isinstance(medium, Image.Image) else None
+    layout = layout_of(sample)
+    if layout is None:
+        return before, None
+    drawn = picture.draw(medium, layout, sample["kept"], sample.get("sources"), fit="resize")
+    side = SIDE if len(layout.views) == 1 else SHEET
+    return before or _data(_fit(picture.draw(medium, layout, None), side)), _data(_fit(drawn, side))
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    """A picture whose longer edge is `side`."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _data(image: Image.Image) -> str:

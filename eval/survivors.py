@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from vtc.report import Report
+from vtc.visual import Layout, View
 
 
 def owners(report: Report, visual: Mapping[str, Sequence[int]]) -> list[list[int]]:
@@ -28,17 +29,35 @@ def owners(report: Report, visual: Mapping[str, Sequence[int]]) -> list[list[int
 
 
 def survivors(report: Report, numbers: Sequence[int]) -> dict[str, Any]:
-    """Tokens of some visual inputs, before and after; and what a drawing needs, if that is one picture of one grid."""
+    """Tokens of some visual inputs, before and after; and what a drawing needs, if it is one input.
+
+    That is `kept` and `sources`, as in `Report`, and `grid` (rows, columns) or, of what is not a single grid, `layout`.
+    """
     layouts = [report.layouts[number] for number in numbers]
     counts: dict[str, Any] = {
         "tokens_in": sum(layout.tokens for layout in layouts),
         "tokens_out": sum(len(report.kept[number]) for number in numbers),
     }
-    if len(layouts) != 1 or report.modalities[numbers[0]] != "image":
-        return counts
-    grid = layouts[0].grid
-    if grid[0] != 1 or layouts[0].tokens != math.prod(grid):
+    if len(layouts) != 1:
         return counts
     sources = report.sources[numbers[0]]
-    kept = list(report.kept[numbers[0]])
-    return {**counts, "grid": list(grid[1:]), "kept": kept, "sources": sources and list(sources)}
+    drawn = {"kept": list(report.kept[numbers[0]]), "sources": sources and list(sources)}
+    return {**counts, **_shape(layouts[0]), **drawn}
+
+
+def _shape(layout: Layout) -> dict[str, Any]:
+    (*others, view) = layout.views
+    if not others and not layout.clip and view.rows * view.columns == layout.tokens:
+        return {"grid": [view.rows, view.columns]}
+    return {"layout": {"tokens": layout.tokens, "clip": layout.clip, "views": [asdict(one) for one in layout.views]}}
+
+
+def layout_of(sample: Mapping[str, Any]) -> Layout | None:
+    """The layout that a sample tells, if it does."""
+    if "grid" in sample:
+        return Layout.frames(1, *sample["grid"])
+    if "layout" not in sample:
+        return None
+    told = sample["layout"]
+    views = (View(**{**one, "crops": tuple(one["crops"]), "box": tuple(one["box"])}) for one in told["views"])
+    return Layout(told["tokens"], tuple(views), told["clip"])
