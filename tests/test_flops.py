@@ -439,8 +439,8 @@ def test_selection_is_counted_where_tokens_drop() -> None:
     assert cost("32:576") == 0
 
 
-def test_every_strategy_has_a_selection_to_count() -> None:
-    assert set(SELECTION) == set(vtc.available())
+def test_only_strategies_have_a_selection_to_count() -> None:
+    assert set(SELECTION) <= set(vtc.available())
 
 
 @pytest.mark.parametrize("frames", [2, 5, 8])
