@@ -8,6 +8,9 @@ interquartile ranges over repeats, after a warm-up.
 Every repeat measures the uncompressed model, the setting and the ideal one after the other, so whatever slows the
 machine down slows all three, and ratios stay true when milliseconds do not.
 
+Selection is timed in front of the language model and inside it. What a strategy reads of the vision encoder is computed
+in there, and is part of the encoder's time.
+
 The *ideal* is the uncompressed model's time with its language model's share replaced by that of the bare language model
 on random embeddings of the setting's length: what would be possible if the tokens had never been there. The distance to
 it is the cost of choosing and removing tokens.
