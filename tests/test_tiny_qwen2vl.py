@@ -61,3 +61,24 @@ def test_packed_questions_get_the_logits_they_would_get_alone(
                     expected = fresh.lm_head(out.last_hidden_state)[0, -1]
                 at = len(tiny_qwen2vl.LANGUAGE.encode(question.text))
                 torch.testing.assert_close(logits[b, k, at], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_targets_stand_where_they_are_told() -> None:
+    scenes = [Scenes("val", (1, 96, 128))[i] for i in range(6)]
+    asked = [scene.questions[:8] for scene in scenes]
+    packed = packing.pack(asked, 8, tiny_qwen2vl.LANGUAGE, QUESTION_TYPES)
+    rows, places, spots = tiny_qwen2vl.spots(scenes, asked, packed)
+    assert len(rows) >= 6
+    assistant = tiny_qwen2vl.LANGUAGE.ids[text.ASSISTANT]
+    for row, place, (x, y) in zip(rows.tolist(), places.tolist(), spots.tolist(), strict=True):
+        assert packed.ids[row, place] == assistant
+        question = asked[row][place // packing.SLOT]
+        if question.type == "where":
+            assert question.answer == f"{'top' if y < 0 else 'bottom'}-{'left' if x < 0 else 'right'}"
+    # Every patch of the tower gets the name of what the picture shows there, in the order of the patches.
+    targets = tiny_qwen2vl.targets(scenes)
+    order = tiny_qwen2vl.coordinates(12, 16)
+    for scene, kinds in zip(scenes, targets.kind, strict=True):
+        for (row, column), kind in zip(order.tolist(), kinds.tolist(), strict=True):
+            owner = scene.owner[0, row, column]
+            assert tiny_qwen2vl.KINDS[kind] == (scene.things[owner - 1].name if owner else "background")

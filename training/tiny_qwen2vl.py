@@ -83,7 +83,7 @@ STAGES = (
     Stage("crops", 150, (96,), 16, 0.02, 2e-3, 0.3, 20, 0, crops=True),
     Stage("media", 100, (24, 24), 12, 0.02, 2e-3, 0.3, 20, 10_000_000),
     Stage("joint", 800, (14, 14), 8, 0.02, 1e-3, 1.0, 50, 20_000_000, answers=True, tower=0.5),
-    Stage("settle", 1050, (14, 14), 8, 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
+    Stage("settle", 1250, (14, 14), 8, 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
 )
 SAVE_EVERY = 50
 REPORT_EVERY = 25
@@ -289,6 +289,7 @@ class Heads(nn.Module):
 
     The tower compares positions but does not know them, so where something is, is up to the language model: its first
     two layers have to tell the coordinates of the visual tokens and, from the token behind them, the size of the grid.
+    Its third layer has to tell where the shape is that a question names.
     """
 
     def __init__(self, width: int, deep: int) -> None:
@@ -298,6 +299,7 @@ class Heads(nn.Module):
             nn.Sequential(nn.LayerNorm(size), nn.Linear(size, sum(self.sizes))) for size in (width, width, deep)
         )
         self.axes = nn.ModuleList(nn.Sequential(nn.LayerNorm(deep), nn.Linear(deep, 3)) for _ in range(2))
+        self.spot = nn.Sequential(nn.LayerNorm(deep), nn.Linear(deep, 2))
 
     def loss(self, level: int, states: torch.Tensor, t: Targets) -> tuple[torch.Tensor, float]:
         """`states` (B, N, D). Also returns the accuracy of the kind on what is not background."""
@@ -321,6 +323,25 @@ class Heads(nn.Module):
         return functional.mse_loss(cells, true.expand_as(cells)) + functional.mse_loss(
             size, torch.tensor(grid).expand_as(size) / 4
         )
+
+
+def spots(
+    scenes: Sequence[Scene], asked: Sequence[Sequence[Question]], packed: packing.Pack
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of questions that name the only shape of its kind in a picture: row, place among the question slots of the last
+    token in front of the answer, and (x, y) of the shape, from -2 to 2.
+    """
+    ends = (packed.labels.unflatten(1, (-1, packing.SLOT)) != packing.IGNORE).int().argmax(-1)  # (B, K)
+    found: list[tuple[int, int, float, float]] = []
+    for b, (scene, questions) in enumerate(zip(scenes, asked, strict=True)):
+        frames, height, width, _ = scene.frames.shape
+        for k, question in enumerate(questions):
+            named = [t for t in scene.things if t.kind == "shape" and t.name == question.text.rstrip("?").split()[-1]]
+            if frames == 1 and len(named) == 1 and question.type in ("where", "colour"):
+                x, y = named[0].centre
+                found.append((b, k * packing.SLOT + int(ends[b, k]), 4 * x / width - 2, 4 * y / height - 2))
+    table = torch.tensor(found).view(-1, 4)
+    return table[:, 0].long(), table[:, 1].long(), table[:, 2:]
 
 
 def merged(t: Targets) -> Targets:
@@ -372,11 +393,11 @@ class Trainer:
 
     @contextmanager
     def inner(self) -> Iterator[list[torch.Tensor]]:
-        """Collects what the second and the third layer of the language model get."""
+        """Collects what all layers of the language model but the first get."""
         found: list[torch.Tensor] = []
         handles = [
             layer.input_layernorm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
-            for layer in self.model.model.language_model.layers[1:3]
+            for layer in self.model.model.language_model.layers[1:]
         ]
         yield found
         for handle in handles:
@@ -401,9 +422,12 @@ class Trainer:
                 hidden = answers(self.model, shown, grid, packed)
             answer, right = packing.answer(self.model, hidden, packed)
             axes = self.heads.grid_loss(inner, grid)
+            rows, places, true = spots(scenes, asked, packed)
+            told = self.heads.spot(inner[2][:, -packed.ids.shape[1] :][rows, places]).float()
+            spot = functional.mse_loss(told, true, reduction="sum") / max(1, true.numel())
             exact = right[packed.types >= 0].float().mean().item()
-            out |= {"answer": answer.item(), "exact": exact, "axes": axes.item()}
-            return out | {"loss": answer + 0.5 * axes + 0.1 * early + 0.2 * late + 0.05 * token}
+            out |= {"answer": answer.item(), "exact": exact, "axes": axes.item(), "spot": spot.item()}
+            return out | {"loss": answer + 0.5 * axes + 0.5 * spot + 0.1 * early + 0.2 * late + 0.05 * token}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
