@@ -42,8 +42,8 @@ from torch import nn
 import vtc
 from vtc.adapters import find
 from vtc.eval import latency
-from vtc.eval.conditions import device_name
 from vtc.eval.checkpoints import random_weights
+from vtc.eval.conditions import device_name
 from vtc.eval.estimate import frame_tokens
 
 MODEL = "llava-onevision-0.5b"
