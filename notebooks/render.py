@@ -82,7 +82,7 @@ def render(notebook: Any, name: str) -> Copy:
         alts = iter(cell.metadata.get("alt", ()))
         for output in cell.outputs:
             copy.text += "".join(_shown(output, alts, name, copy.pictures))
-    copy.text = copy.text.rstrip() + "\n"
+    copy.text += f"*Made from `notebooks/{name}.ipynb`, which you can run yourself.*\n"
     return copy
 
 

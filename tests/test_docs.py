@@ -96,6 +96,15 @@ def test_the_site_loads_nothing_from_the_network(site: Path) -> None:
             assert load.startswith("data:") or (page.parent / load.partition("?")[0]).resolve().exists()
 
 
+def test_the_code_of_getting_started_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    assert (tmp_path / "kept.png").exists()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_of_files_in_the_repository_lead_somewhere(document: Path) -> None:
     """Paths and headings; whatever is on the network is not asked for."""
