@@ -44,9 +44,10 @@ def pages() -> dict[str, str]:
     found = {
         "README.md": "index.md",
         "CONTRIBUTING.md": "contributing.md",
-        "benchmarks/onevision.md": "benchmarks/onevision.md",
         "eval/assets/LICENSES.md": "licences.md",
+        "training/README.md": "training.md",
     }
+    found.update({f"benchmarks/{file.name}": f"benchmarks/{file.name}" for file in ROOT.glob("benchmarks/*.md")})
     return {**found, **{f"vtc/zoo/{name}/README.md": f"models/{name}.md" for name in zoo.names()}}
 
 
