@@ -359,7 +359,7 @@ CARDS = """
 const texts = selector => [...document.querySelectorAll('.card ' + selector)].map(node => node.innerText);
 const drawn = [...document.querySelectorAll('.card img')].every(image => image.naturalWidth > 0);
 return drawn && texts('h3').length ? [texts('h3'), texts('.said'), texts('tr:nth-child(2) td:nth-child(2)')] : null"""
-ALERT = "return document.querySelector('[role=alert]')?.innerText"
+ALERT = "return document.querySelector('#results [role=alert]')?.innerText"
 
 
 def test_browser_answers_an_example(address: str, window: browser.Browser) -> None:
