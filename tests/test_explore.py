@@ -299,13 +299,18 @@ def test_without_gradio(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Of the page with the bundled models, as a user starts it; afterwards Ctrl+C ends it without a complaint."""
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of the page as a user starts it, with a random model; afterwards Ctrl+C ends it without a complaint."""
     if find_spec("gradio") is None:
         pytest.skip("gradio is not installed")
+    model = save_llava(tmp_path_factory.mktemp("models") / "random")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        explore_command(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        explore_command("--model", str(model)),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as server:
         assert server.stdout is not None and server.stderr is not None
         line = server.stdout.readline()
@@ -369,7 +374,7 @@ def test_browser_answers_an_example(address: str, window: browser.Browser) -> No
         window.click("#examples .gallery-item:nth-child(2) button")
         names, said, tokens = until(window, CARDS)
         assert names == ["all tokens", "divprune:keep=0.11", "random:keep=0.11"]
-        assert tokens == ["256", "28", "28"] and all(said)
+        assert tokens == ["16", "2", "2"] and all(said)
         assert window.run("return document.documentElement.scrollWidth") <= width
         until(window, "return document.querySelector('#results').getBoundingClientRect().top < 900")  # it scrolls there
         elsewhere = (
@@ -399,8 +404,8 @@ def test_browser_takes_a_picture_a_question_and_a_slide(address: str, window: br
     # The answers follow the slider, but not where a spec has a budget of its own.
     until(window, "return document.querySelector('.card:nth-child(3) h3')?.innerText == 'random:keep=0.5'")
     names, _, tokens = until(window, CARDS)
-    assert names[1] == "fastervlm:keep=5" and tokens == ["256", "5", "128"]
-    assert "50 % of 256 visual tokens: 128" in window.run("return document.querySelector('#budget').innerText")
+    assert names[1] == "fastervlm:keep=5" and tokens == ["16", "5", "8"]
+    assert "50 % of 16 visual tokens: 8" in window.run("return document.querySelector('#budget').innerText")
 
 
 def test_browser_says_what_is_wrong(address: str, window: browser.Browser, tmp_path: Path) -> None:
@@ -417,8 +422,21 @@ def test_browser_says_what_is_wrong(address: str, window: browser.Browser, tmp_p
     window.click("#examples .gallery-item:nth-child(1) button")  # and all is well again
     type_in(window, "#two input", "random\ue007")
     window.click("#go")
-    assert until(window, CARDS)[2] == ["256", "28", "28"]
+    assert until(window, CARDS)[2] == ["16", "2", "2"]
     assert window.run(ALERT) is None
+
+
+def test_browser_changes_the_model(address: str, window: browser.Browser) -> None:
+    go(window, address, 1280)
+    window.click("#model input")
+    option = (
+        "const option = [...document.querySelectorAll('[role=option]')].find(o => o.innerText.includes('tiny-llava'));"
+    )
+    until(window, f"{option} if (option) option.id = 'wanted'; return option")
+    window.click("#wanted")
+    until(window, "return document.querySelector('#budget').innerText.includes('11 % of 256 visual tokens: 28')")
+    window.click("#examples .gallery-item:nth-child(1) button")
+    assert until(window, CARDS)[2] == ["256", "28", "28"]
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", str(Path("setup.cfg").resolve()), "../../../../etc/passwd"])
