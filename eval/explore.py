@@ -113,7 +113,7 @@ class Explorer:
 
     def tokens(self, visual: Visual) -> int:
         """How many visual tokens the model makes of it."""
-        masks = adapters.find(self.model).placeholders(show.ask(self.processor, "", visual)["input_ids"], None)
+        masks = adapters.find(self.model).placeholders(self._inputs(visual, "")["input_ids"], None)
         return sum(int(mask.sum()) for mask in masks.values())
 
     def compare(self, visual: Visual, question: str, specs: Sequence[str], keep: int | float) -> list[Answer]:
@@ -139,7 +139,7 @@ class Explorer:
         with self._lock:
             for one in settings:
                 vtc.compress(self.model, one.compressors).remove()  # refuses what this model cannot do
-            inputs = accuracy.to_device(show.ask(self.processor, question, visual), self.model)
+            inputs = accuracy.to_device(self._inputs(visual, question), self.model)
             try:
                 full, said = self._say(inputs), [self._say_with(one, inputs) for one in settings]
                 first, *others = self._time([Setting("none"), *settings], inputs)
@@ -152,6 +152,12 @@ class Explorer:
             kept, layer, work = report.tokens_out, report.stages[-1].layer, report.prefill_flops
             answers.append(Answer(one.spec, text, pictures, labels, kept, layer, work, times))
         return answers
+
+    def _inputs(self, visual: Visual, question: str) -> dict[str, Any]:
+        try:
+            return show.ask(self.processor, question, visual)
+        except ValueError as error:  # a very narrow picture, a placeholder in the question: each processor has its own
+            raise VtcError(f"the processor of {self.name} refuses this: {error}") from error
 
     def _say(self, inputs: dict[str, torch.Tensor]) -> str:
         output: Any = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)

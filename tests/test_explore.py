@@ -94,6 +94,7 @@ def test_one_strategy_or_the_same_one_twice(explorer: explore.Explorer, scene: I
     [
         (" \n", ["uniform"], "there is no question"),
         ("why? " * 101, ["uniform"], "504 characters"),
+        ("<image> and <image>?", ["uniform"], "refuses this: The total number of <image> tokens"),
         (QUESTION, [], "not none"),
         (QUESTION, ["uniform", "pool", "random"], "not 3"),
         (QUESTION, ["unifrom"], "did you mean 'uniform'?"),
@@ -237,12 +238,17 @@ def test_clips(name: str, tmp_path: Path) -> None:
     full, kept = model.compare(clip, QUESTION, ["divprune"], 0.5)
     assert isinstance(clip, Clip) and len(full.pictures) == len(clip.frames) == 4
     assert len(kept.pictures) == (2 if name == "qwen" else 4), "Qwen sees frames in pairs"
-    assert kept.tokens == explore_budget(model.tokens(clip)) and full.tokens == model.tokens(clip)
+    assert full.tokens == model.tokens(clip) and kept.tokens == max(1, int(full.tokens * 0.5 + 0.5))
     assert full.pictures[0].size == kept.pictures[0].size
 
 
-def explore_budget(tokens: int) -> int:
-    return max(1, int(tokens * 0.5 + 0.5))
+def test_picture_that_the_processor_refuses(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    import video_checkpoints
+
+    model = explore.Explorer(Options(model=str(video_checkpoints.save_qwen(tmp_path / "qwen"))))
+    with pytest.raises(VtcError, match="refuses this: absolute aspect ratio must be smaller than 200"):
+        model.tokens(Image.new("RGB", (2, 900)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- html
