@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,25 +16,35 @@ SEEDS = (0, 1, 2, 7, 9)  # wide and tall, square, with padding on either side, a
 
 
 @pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
+def model() -> Any:
     return tiny_llava_next.build().eval()
 
 
 @pytest.fixture(scope="module")
-def processor() -> object:
+def processor() -> Any:
     return export_next.processor()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_tiles_and_tokens_are_those_of_the_model(model: torch.nn.Module, processor: object, seed: int) -> None:
+def test_tiles_are_those_of_the_processor(processor: Any, seed: int) -> None:
     poster = Posters("val")[seed]
     inputs = accuracy.process(processor, ["Where is the star?"], [(poster.pil,)])
-    torch.testing.assert_close(pixels([poster]), inputs["pixel_values"][0])
+    difference = 255 * (packing.STD * (pixels([poster]) - inputs["pixel_values"][0])).abs()  # in steps of 256 greys
+    # Pillow and torchvision, whichever does the processor's work, round and clip differently when they resize.
+    assert difference.mean() < 0.5 and (difference > 2.01).float().mean() < 1e-3
+    assert (inputs["input_ids"] == tiny_llava_next.config().image_token_id).sum() == len(
+        layout(*poster.image.shape[:2]).order
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tokens_are_those_of_the_model(model: Any, seed: int) -> None:
+    poster = Posters("val")[seed]
     with torch.no_grad():
         (ours,) = encode(model, [poster])
-        (theirs,) = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+        sizes = torch.tensor([poster.image.shape[:2]])
+        (theirs,) = model.get_image_features(pixels([poster])[None], sizes).pooler_output
     torch.testing.assert_close(ours, theirs)
-    assert (inputs["input_ids"] == model.config.image_token_id).sum() == len(ours)
 
 
 def test_the_sizes_that_matter_are_among_them() -> None:
@@ -42,7 +54,7 @@ def test_the_sizes_that_matter_are_among_them() -> None:
     assert any(layout(*size).resized != size for size in sizes)
 
 
-def test_packed_equals_alone(model: torch.nn.Module, processor: object) -> None:
+def test_packed_equals_alone(model: Any, processor: Any) -> None:
     poster = Posters("val")[1]
     asked = poster.questions[:4]
     packed = packing.pack([asked], 4, types=QUESTION_TYPES)
@@ -51,12 +63,13 @@ def test_packed_equals_alone(model: torch.nn.Module, processor: object) -> None:
         logits = model.lm_head(hidden(model, features, packed)).unflatten(1, (4, packing.SLOT))
         for k, question in enumerate(asked):
             inputs = accuracy.process(processor, [question.text], [(poster.pil,)])
+            inputs["pixel_values"] = pixels([poster])[None]
             alone = model(**inputs).logits[0]
             n = len(text.LLAVA.encode(question.text)) + 1  # and `ASSISTANT:`
-            torch.testing.assert_close(logits[0, k, :n], alone[-n:], atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(logits[0, k, :n], alone[-n:], atol=1e-4, rtol=1e-4)
 
 
-def test_dropped_tokens_leave_the_others_in_their_places(model: torch.nn.Module) -> None:
+def test_dropped_tokens_leave_the_others_in_their_places(model: Any) -> None:
     poster = Posters("val")[2]
     packed = packing.pack([poster.questions[:3]], 3, types=QUESTION_TYPES)
     with torch.no_grad():

@@ -48,10 +48,10 @@ def spec(name: str, keep: float) -> str:
 
 @dataclass(kw_only=True)
 class Spy(Compressor):
-    """Drops nothing, and notes what the strategies of a group would have kept."""
+    """Notes what the strategies of a group would keep. It keeps most itself: with all tokens it would not be asked."""
 
     name = "spy"
-    keep: int | float = 0.999
+    keep: int | float = 0.9
     strategies: dict = field(default_factory=dict)
     chosen: dict = field(default_factory=dict)
 
@@ -113,8 +113,11 @@ class Measurement:
         patches = torch.from_numpy(owners(group[0].scene)[0]).flatten()
         owner = torch.cat([patches, patches.new_zeros(1)])[place]  # (N,): the newline shows nothing
         for spy in self.spies if curve else self.spies[:1]:
+            spy.chosen = {}
             with vtc.compress(self.model, spy):
                 self.model.model(**inputs)
+            if not spy.chosen:
+                raise RuntimeError("no strategy was asked")
             for key, selection in spy.chosen.items() if curve else ():
                 self.note(key, packed, selection, spy.features[0], owner)
         features, total = self.spies[0].features[0], len(place)
