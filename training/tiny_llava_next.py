@@ -187,8 +187,8 @@ def owners(poster: Poster) -> tuple[np.ndarray, np.ndarray]:
 def targets(posters: Sequence[Poster]) -> Targets:
     """What the tiles show, for the losses of `tiny_llava.Heads`.
 
-    What cannot be named is not asked for: slivers of things, and digits and words on thumbnails. Places are those on
-    the thumbnail.
+    What cannot be named is not asked for: slivers of things, and the patches of digits and words on thumbnails. Places
+    are those on the thumbnail.
     """
     ignore = -100
     tiles = sum(layout(*poster.image.shape[:2]).tiles for poster in posters)
