@@ -21,7 +21,7 @@ import torch
 
 import vtc
 from vtc.eval import accuracy
-from vtc.eval.clips import QUESTION_TYPES, questions
+from vtc.eval.clips import MOVING_TYPES, QUESTION_TYPES, STILL_TYPES, questions
 from vtc.eval.items import Item, digest, majority
 
 KEEPS = {"original": (0.5, 0.25, 0.1, 0.05, 0.025), "contiguous": (0.25, 0.05)}  # by positions of the survivors
@@ -119,10 +119,13 @@ def curve(found: dict[str, Right], positions: str) -> str:
 
 
 def by_type(items: Sequence[Item], columns: dict[str, Right]) -> str:
+    """Accuracy in per cent by type, and of the types that need time together and of those that do not."""
+    groups = {kind: (kind,) for kind in QUESTION_TYPES}
+    groups |= {"**in time**": MOVING_TYPES, "**not in time**": STILL_TYPES}
     rows = []
-    for kind in QUESTION_TYPES:
-        mine = [i for i, item in enumerate(items) if item.type == kind]
-        rows.append([kind, str(len(mine)), *(percent(right[i] for i in mine) for right in columns.values())])
+    for name, kinds in groups.items():
+        mine = [i for i, item in enumerate(items) if item.type in kinds]
+        rows.append([name, str(len(mine)), *(percent(right[i] for i in mine) for right in columns.values())])
     return table(["type", "questions", *columns], rows)
 
 

@@ -5,15 +5,14 @@
 It starts from the weights of `tiny-llava`, whose layers have the same shapes. Stages are functions of the step number
 only, so that a run can stop and resume:
 
-0. `tiles`: the vision tower alone on tiles of 64 x 64 pixels, naming kind and colour of what each patch shows. This
-   heals what a tower loses with its [CLS] token and the normalisation in front of its layers.
+0. `tiles`: the vision tower alone on tiles of 64 x 64 pixels: kind, colour and place of what each patch shows, and the
+   shade of its background. This also heals the loss of [CLS] and of the normalisation in front of the layers.
 1. `short`: projector and language model on questions about clips of 6 to 12 frames, pictures and pairs of pictures.
 2. `long`: the same with clips of 12 to 24 frames, while the tower goes on as in stage 0.
 3. `settle`: clips of 16 to 32 frames; the tower stands still, and the learning rate falls to nothing.
 
-Answers never train the tower, and equal frames of a clip are encoded once. While training, the states of the
-language model at frames also have to tell what the events were so far (`Chronicle`): without that it learns what is
-in a clip within minutes, but when it came there only after hours. No stage ever drops visual tokens.
+Answers never train the tower, and equal frames of a clip are encoded once. While training, the states of the language
+model at visual tokens also have to tell what has happened so far (`Chronicle`). No stage ever drops visual tokens.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ STAGES = (
     Stage("tiles", 350, 96, 0, 0, 0.006, 1e-3, 0.02, 30, 0),
     Stage("short", 600, 0, 24, 12, 0.02, 1e-3, 1.0, 100, 10_000_000, (6, 12), (1, 2)),
     Stage("long", 300, 32, 16, 8, 0.015, 1e-3, 1.0, 1, 20_000_000, (12, 24), (1, 3), 0.5),
-    Stage("settle", 850, 0, 16, 6, 0.015, 1e-3, 0.01, 1, 30_000_000),
+    Stage("settle", 1050, 0, 16, 6, 0.015, 1e-3, 0.01, 1, 30_000_000),
 )
 SAVE_EVERY = 50
 REPORT_EVERY = 25
