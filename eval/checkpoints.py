@@ -13,12 +13,15 @@ from, which pools its frames to 14 x 14 tokens instead of 13 x 13.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from vtc.errors import UnsupportedModelError, did_you_mean
+from vtc.zoo import torchvision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Sizes = dict[str, Any]
 
@@ -191,6 +194,9 @@ def config(name: str | Path) -> PreTrainedConfig:
     Raises:
         UnsupportedModelError: there is neither.
     """
+    torchvision.mend()  # before transformers looks for it
+    from transformers import AutoConfig
+
     if str(name) in CHECKPOINTS:
         return AutoConfig.for_model(**CHECKPOINTS[str(name)])
     if (Path(name) / "config.json").is_file():
@@ -214,5 +220,8 @@ def random_weights(
         device: where they are; `"meta"` for a model that takes no memory and cannot run.
         options: for the model's constructor, for example `attn_implementation="eager"`.
     """
+    sizes = config(name)
+    from transformers import AutoModelForImageTextToText
+
     with torch.device(device):
-        return AutoModelForImageTextToText.from_config(config(name), dtype=dtype, **options).eval()
+        return AutoModelForImageTextToText.from_config(sizes, dtype=dtype, **options).eval()

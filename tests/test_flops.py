@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
@@ -542,3 +544,10 @@ def test_random_weights_run(tmp_path: Path) -> None:
 def test_a_folder_is_as_good_as_a_name(tmp_path: Path) -> None:
     checkpoints.config("qwen2-vl-2b").save_pretrained(tmp_path)
     assert estimate(tmp_path, 64).prefill == estimate("qwen2-vl-2b", 64).prefill
+
+
+def test_the_command_works_in_a_process_of_its_own() -> None:
+    """Where torchvision is for another build of torch, nothing but the command itself can have made it loadable."""
+    command = [sys.executable, "-m", "vtc", "flops", "--config", "llava-1.5-7b", "--tokens", "576", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and json.loads(done.stdout), done.stderr

@@ -140,6 +140,8 @@ def test_importing_every_module_leaves_the_host_as_it_was(tmp_path: Path) -> Non
     code = """
 import os, pkgutil, random, sys, warnings
 import torch, transformers
+from vtc.zoo import torchvision
+torchvision.mend()  # transformers' processors import it
 from torch.nn.modules import module
 from transformers import AttentionInterface, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.masking_utils import AttentionMaskInterface
