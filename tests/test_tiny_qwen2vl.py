@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
+import vtc
 from training import packing, text, tiny_qwen2vl
+from vtc.eval import accuracy, sizes
+from vtc.eval.items import digest
 from vtc.eval.sizes import QUESTION_TYPES, Scenes
 
+FOLDER = Path(vtc.__file__).parent / "zoo" / "tiny-qwen2vl"
+QUESTIONS = 240  # of the test split; the standard error of a share is at most 3.3 points
 MEDIA = ((1, 64, 128), (1, 96, 64), (6, 64, 80))
 
 
@@ -82,3 +92,69 @@ def test_targets_stand_where_they_are_told() -> None:
         for (row, column), kind in zip(order.tolist(), kinds.tolist(), strict=True):
             owner = scene.owner[0, row, column]
             assert tiny_qwen2vl.KINDS[kind] == (scene.things[owner - 1].name if owner else "background")
+
+
+# ------------------------------------------------------------------------------------------------------ trained weights
+
+
+@pytest.fixture(scope="module")
+def share() -> Callable[..., float]:
+    """Share of right answers under one compressor or, given several, their mean."""
+    model, processor = vtc.zoo.load("tiny-qwen2vl")
+    items = list(sizes.questions("test", QUESTIONS))
+    words = accuracy.longest_answer(processor, items)
+
+    @functools.cache
+    def prepared(blind: bool) -> list[accuracy.Batch]:
+        return accuracy.batches(processor, items, 40, blind=blind)
+
+    @functools.cache
+    def one(spec: str, blind: bool) -> float:
+        with vtc.compress(model, spec):
+            return accuracy.score(accuracy.answer(model, processor, prepared(blind), words), items)[0].accuracy
+
+    def measure(*specs: str, blind: bool = False) -> float:
+        return sum(one(spec, blind) for spec in specs) / len(specs)
+
+    return measure
+
+
+def test_it_answers_and_needs_to_look(share: Callable[..., float]) -> None:
+    assert share("none") >= 0.8 and share("none", blind=True) <= 0.3
+
+
+def test_informed_choice_beats_chance_at_11_percent(share: Callable[..., float]) -> None:
+    chance = share("random:keep=0.11,seed=0", "random:keep=0.11,seed=1")
+    assert share("divprune:keep=0.11") >= chance + 0.1
+
+
+def test_the_processor_makes_the_pixels_of_training() -> None:
+    """Pictures of any size and clips; neither is scaled."""
+    _, processor = vtc.zoo.load("tiny-qwen2vl")
+    for size in MEDIA:
+        scene = Scenes("val", size)[0]
+        inputs = accuracy.process(processor, ["Where is the star?"], [(scene.medium,)])
+        pixels = inputs["pixel_values" if size[0] == 1 else "pixel_values_videos"]
+        torch.testing.assert_close(pixels, tiny_qwen2vl.patches([scene])[0].flatten(0, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_tokenizer_knows_every_word() -> None:
+    tokenizer = vtc.zoo.load("tiny-qwen2vl")[1].tokenizer
+    for item in sizes.questions("test"):
+        question, reply = (
+            tokenizer(words, add_special_tokens=False).input_ids for words in (item.question, item.answer)
+        )
+        assert tokenizer.unk_token_id not in question + reply and len(reply) == 1
+
+
+def test_the_folder_is_small_and_safe() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12_000_000
+    assert {path.suffix for path in files} <= {".json", ".jinja", ".md", ".safetensors"}
+
+
+def test_the_model_card_is_about_these_questions() -> None:
+    card = json.loads((FOLDER / "accuracy.json").read_text())
+    assert card["digest"] == digest(sizes.questions("test"))
+    assert card["digest"] in (FOLDER / "README.md").read_text()
+    assert card["first"]["none"]["all"] >= 0.8

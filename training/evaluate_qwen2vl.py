@@ -200,7 +200,7 @@ def main() -> None:
         "few_error": f"{100 * (share * (1 - share) / few) ** 0.5:.1f}",
         "tokens": f"{tokens:.0f}",
         "small_tokens": f"{small:.0f}",
-        "curve": curve if (curve := part.curve()) else "",
+        "curve": part.curve(),
         "types": whole.per_type(shown),
         "kept": part.per_type(kept),
     }
