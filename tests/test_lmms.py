@@ -31,7 +31,7 @@ import vtc
 from checkpoints import TOKENS, save_llava
 from vtc import cli, zoo
 from vtc.errors import VtcError
-from vtc.eval import accuracy, flops, scenes
+from vtc.eval import accuracy, flops, scenes, tasks
 from vtc.eval.bench import Options
 from vtc.eval.items import Item
 from vtc.eval.lmms import answering, clips, export, record, run
@@ -413,9 +413,9 @@ def test_scenes_score_as_in_the_bench(
     assert {"device", "dtype", "attention", "versions", "settings"} <= set(results)
 
 
-def bench_accuracy(spec: str, asked: list[Item]) -> tuple[list[str], float]:
-    """Answers and accuracy of the bundled model by the way of `vtc bench`."""
-    model, processor = zoo.load("tiny-llava")
+def bench_accuracy(spec: str, asked: list[Item], model_name: str = "tiny-llava") -> tuple[list[str], float]:
+    """Answers and accuracy of a bundled model by the way of `vtc bench`."""
+    model, processor = zoo.load(model_name)
     with vtc.compress(model, spec):
         prepared = accuracy.batches(processor, asked, 50)
         given = accuracy.answer(model, processor, prepared, accuracy.longest_answer(processor, asked))
@@ -614,6 +614,20 @@ def test_both_ways_give_the_same_accuracy(
     assert {(one["visual_tokens_in"], one["visual_tokens_out"]) for one in rows} == {
         (256, 256 if spec == "none" else 64)
     }
+
+
+@needs_lmms
+@pytest.mark.parametrize("name", [name for name in tasks.names() if name != "scenes"])
+def test_both_ways_agree_on_every_bundled_task(name: str, tmp_path: Path, outside: Any) -> None:
+    asked, model, spec = list(tasks.questions(name, "test", 12)), tasks.TRAINED[name], "divprune:keep=0.25"
+    folder = export.export(tmp_path / "task", len(asked), [name])
+    arguments = ("--model", model, "--tasks", f"vtc_{name}", "--include-path", folder, "--spec", spec, "--frames", 32)
+    done = outside("-m", "vtc", "eval", *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    given, expected = bench_accuracy(spec, asked, model)
+    assert [accuracy.normalise(one["answer"]) for one in lines_of(tmp_path / "out" / "documents.jsonl")] == given
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"][f"vtc_{name}"]
+    assert (found["exact_match"], found["n"]) == (expected, len(asked))
 
 
 @needs_lmms

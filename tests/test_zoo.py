@@ -77,3 +77,12 @@ def test_missing_processor_is_one_line(folders: Path) -> None:
     with pytest.raises(VtcError) as caught:
         zoo.load(str(folders / "no-processor"))
     assert "no-processor" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_clips_without_torchvision_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "find_spec", lambda name: None)
+    zoo.load("tiny-llava")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "processor_config.json").write_text('{"video_processor": {}}')
+    with pytest.raises(VtcError, match=r"needs? torchvision: install the build .* vtc\[video\]"):
+        zoo.load(str(tmp_path))

@@ -8,6 +8,7 @@ Each is an ordinary checkpoint folder beside this file, with ordinary Hugging Fa
 from __future__ import annotations
 
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def find(name: str) -> Path:
     )
 
 
+def _takes_clips(folder: Path) -> bool:
+    """Whether a processor of clips was saved into the folder."""
+    processor = folder / "processor_config.json"
+    inside = processor.is_file() and '"video_processor"' in processor.read_text(encoding="utf-8")
+    return inside or (folder / "video_preprocessor_config.json").is_file()
+
+
 def load(
     name: str,
     *,
@@ -56,6 +64,11 @@ def load(
         The model and its processor, as `AutoModelForImageTextToText` and `AutoProcessor` make them.
     """
     folder = find(name)
+    if find_spec("torchvision") is None and _takes_clips(folder):
+        raise VtcError(
+            f"'{name}' takes clips, and transformers' processors of clips need torchvision: install the build that "
+            "fits your torch, or vtc[video]"
+        )
     torchvision.mend()  # before transformers looks for it
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
