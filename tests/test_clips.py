@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -67,8 +68,8 @@ def test_frames_show_what_happens() -> None:
                     rows, columns = (slice(at, at + n) for at, n in zip((top, left), inside.shape, strict=True))
                     tint = np.array(clips.COLOURS[actor.colour_at(frame)])
                     assert np.abs(frames[frame, rows, columns][inside] - tint).max() <= 8
-        still = [a == b for a, b in zip(clip.states, clip.states[1:], strict=False)]
-        assert still == [bool((a == b).all()) for a, b in zip(frames, frames[1:], strict=False)]
+        still = [a == b for a, b in pairwise(clip.states)]
+        assert still == [bool((a == b).all()) for a, b in pairwise(frames)]
 
 
 def test_most_frames_say_nothing_new() -> None:
