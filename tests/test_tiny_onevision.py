@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import vtc
 from training import packing, text, tiny_onevision
 from training.tiny_onevision import LANGUAGE, Shown
-from vtc.eval import clips
+from vtc.eval import accuracy, clips, items
 from vtc.eval.clips import Clips, Pairs, Pictures
 
 FOLDER = Path(vtc.__file__).parent / "zoo" / "tiny-onevision"
@@ -116,9 +119,81 @@ def test_the_chronicle_tells_what_happened() -> None:
         assert all(tiny_onevision.chronicle(Clips("val")[seed])[:, column].max() < size for seed in range(30))
 
 
+@pytest.mark.parametrize("kind", ["clip", "pair", "picture"])
+def test_every_visual_token_has_its_targets(kind: str, fresh: Any) -> None:
+    some, _ = shown(kind)
+    features = torch.zeros(len(some.tiles), 64, 1)
+    newline = torch.ones(1)
+    lines = some.tokens(features, newline)[..., 0] == 1  # (B, N)
+    assert some.told.shape == (*lines.shape, 6)
+    assert (some.told[..., 5] == -1).equal(lines)
+    assert (some.told[..., 0] >= 0).any(1).all()
+
+
 def test_every_word_is_known() -> None:
     unknown = LANGUAGE.ids[text.UNK]
     for item in clips.questions("test", 400):
         assert unknown not in LANGUAGE.encode(item.question) + LANGUAGE.encode(item.answer)
         assert len(LANGUAGE.encode(item.answer)) == 1
         assert len(LANGUAGE.encode(item.question)) + 2 <= packing.SLOT
+
+
+# ------------------------------------------------------------------------------------------------- the shipped model
+
+QUESTIONS = 150  # of the test split; the standard error of a share is at most 4 points
+
+
+@pytest.fixture(scope="module")
+def share() -> Callable[..., float]:
+    """Share of right answers under one compressor or, given several, their mean."""
+    pytest.importorskip("torchvision", reason="torchvision, which processors of clips need, is not installed")
+    model, processor = vtc.zoo.load("tiny-onevision")
+    asked = list(clips.questions("test", QUESTIONS))
+    prepared = accuracy.batches(processor, asked, 20)
+    words = accuracy.longest_answer(processor, asked)
+
+    def measure(*specs: str, blind: bool = False) -> float:
+        shares = []
+        for spec in specs or ("none",):
+            with vtc.compress(model, spec):
+                batches = accuracy.batches(processor, asked, 50, blind=True) if blind else prepared
+                answers = accuracy.answer(model, processor, batches, words)
+            shares.append(accuracy.score(answers, asked)[0].accuracy)
+        return sum(shares) / len(shares)
+
+    return measure
+
+
+def test_it_answers_and_needs_to_look(share: Callable[..., float]) -> None:
+    assert share() >= 0.8 and share(blind=True) <= 0.3
+
+
+def test_informed_choice_beats_chance_at_a_small_budget(share: Callable[..., float]) -> None:
+    informed = share("fastervlm:saliency=received,keep=0.05,positions=original")
+    assert informed >= share(*(f"random:keep=0.05,positions=original,seed={seed}" for seed in range(2))) + 0.05
+
+
+def test_the_folder_is_small_and_safe() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 10_000_000
+    assert {path.suffix for path in files} <= {".json", ".jinja", ".md", ".safetensors"}
+
+
+def test_the_model_card_is_about_these_questions() -> None:
+    card = json.loads((FOLDER / "accuracy.json").read_text())
+    assert card["digest"] == items.digest(clips.questions("test"))
+    assert card["digest"] in (FOLDER / "README.md").read_text()
+
+
+def test_the_processor_keeps_every_frame_as_it_is() -> None:
+    """What the processor makes of frames of the right size is what training saw."""
+    pytest.importorskip("torchvision", reason="torchvision, which processors of clips need, is not installed")
+    _, processor = vtc.zoo.load("tiny-onevision")
+    clip = Clips("val").make(0, 20)
+    some = tiny_onevision.show_clips([clip])
+    given = accuracy.process(processor, ["How many scenes are there?"], [(clip.frames,)])
+    torch.testing.assert_close(given["pixel_values_videos"], some.tiles[some.index], atol=1e-5, rtol=1e-5)
+    picture = Pictures("val").make(0, (2, 1))
+    drawn = tiny_onevision.show_pictures([picture])
+    given = accuracy.process(processor, ["Where is the star?"], [(Image.fromarray(picture.frames[0]),)])
+    torch.testing.assert_close(given["pixel_values"], drawn.tiles[drawn.index], atol=1e-5, rtol=1e-5)
