@@ -5,7 +5,6 @@ MkDocs calls the two functions that begin with `on_`. A line of a page that is o
     {{ README.md: Measured }}   the section with that heading of a file of the repository
     {{ strategies }}            the catalogue, from the registry and the docstrings
     {{ commands }}              the help of every command
-    {{ cards }}                 a list of the bundled models
 
 Some files of the repository are pages themselves. Links between files of the repository become links between pages; a
 link to a file that is on no page is an error.
@@ -21,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from markdown.extensions.toc import slugify
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -31,7 +31,7 @@ from vtc.compressor import strategy
 
 ROOT = Path(__file__).parents[1]
 DIRECTIVE = re.compile(r"^\{\{ (.+?) \}\}$", re.MULTILINE)
-LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)\s#]*)(#[^)\s]+)?")
 KINDS = {
     "input": ("In front of the language model", "They decide once, before the language model sees anything."),
     "decoder": ("Inside the language model", "They decide where the prompt has been read already, by its last token."),
@@ -45,6 +45,7 @@ def pages() -> dict[str, str]:
         "README.md": "index.md",
         "CONTRIBUTING.md": "contributing.md",
         "eval/assets/LICENSES.md": "licences.md",
+        "notebooks": "notebooks/1_quick_start.md",
         "training/README.md": "training.md",
     }
     found.update({f"benchmarks/{file.name}": f"benchmarks/{file.name}" for file in ROOT.glob("benchmarks/*.md")})
@@ -55,14 +56,14 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the files of the repository that are pages of their own."""
     written = set(files.src_uris)
     for source, page in pages().items():
-        if page not in written:
+        if page not in written and (ROOT / source).is_file():
             files.append(File.generated(config, page, content=relink(without_header(source), source, page)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Replace the lines that stand for something else."""
-    made = {"strategies": catalogue, "commands": commands, "cards": cards}
+    made = {"strategies": catalogue, "commands": commands}
 
     def replacement(match: re.Match[str]) -> str:
         what = match[1]
@@ -93,16 +94,42 @@ def section(source: str, heading: str) -> str:
 
 def relink(text: str, source: str, page: str) -> str:
     """Make links that were written for `source`, a file of the repository, right on `page` of the site."""
-    known = pages()
+    known, moved = pages(), anchors()
 
     def target(match: re.Match[str]) -> str:
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
-        there = path.removeprefix("docs/") if path.startswith("docs/") else known.get(path)
-        if there is None or not (ROOT / path).exists():
-            raise PluginError(f"{source} links to {path}, which is not on the site: add it to `pages` in docs/hooks.py")
+        path, anchor = match[1], match[2] or ""
+        if not path:
+            if known.get(source) == page and not (ROOT / "docs" / page).exists():  # the whole file is the page
+                return anchor
+            there = moved.get(source, {}).get(anchor)
+        else:
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+            there = path.removeprefix("docs/") if path.startswith("docs/") else known.get(path)
+            there = there + anchor if there and (ROOT / path).exists() else None
+        if there is None:
+            raise PluginError(f"{source} links to {match[0]}, which is not on the site: see `pages` in docs/hooks.py")
         return posixpath.relpath(there, posixpath.dirname(page) or ".")
 
     return LINK.sub(target, text)
+
+
+def anchors() -> dict[str, dict[str, str]]:
+    """Where the headings went of files that are on the site in sections: per file, from `#heading` to a page."""
+    found: dict[str, dict[str, str]] = {}
+    for file in (ROOT / "docs").glob("*.md"):
+        for what in DIRECTIVE.findall(file.read_text(encoding="utf-8")):
+            source, colon, heading = what.partition(": ")
+            if not colon:
+                continue
+            inside = re.findall(r"^###+ (.+)$", section(source, heading), flags=re.MULTILINE)
+            there = found.setdefault(source, {})
+            there[f"#{slug(heading)}"] = file.name
+            there.update({f"#{slug(name)}": f"{file.name}#{slug(name)}" for name in inside})
+    return found
+
+
+def slug(heading: str) -> str:
+    return slugify(heading, "-")
 
 
 # ------------------------------------------------------------------------------------------------ made on the spot
@@ -160,12 +187,3 @@ def help_of(*command: str) -> str:
     line = [sys.executable, "-m", "vtc", *command, "--help"]
     environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1"}
     return subprocess.run(line, check=True, capture_output=True, text=True, env=environment).stdout.strip()
-
-
-def cards() -> str:
-    """The bundled models with what their cards say first."""
-    lines = []
-    for name in zoo.names():
-        body = without_header(f"vtc/zoo/{name}/README.md").partition(f"# {name}\n")[2].strip()
-        lines.append(f"- [`{name}`](models/{name}.md): {' '.join(body.split('. ', 1)[0].split())}.")
-    return "\n".join(lines)
