@@ -758,7 +758,7 @@ def test_videos_through_lmms_eval(
     documents = [{"question": question, "answer": "red", "video": str(video)} for question in ("Where?", "What digit?")]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
     (tmp_path / "utils.py").write_text(FILMS)
-    body = (task / "vtc_scenes.yaml").read_text().replace(str(task / "test.jsonl"), str(tmp_path / "test.jsonl"))
+    body = (task / "vtc_scenes.yaml").read_text().replace(str(task / "scenes-test.jsonl"), str(tmp_path / "test.jsonl"))
     (tmp_path / "films.yaml").write_text(body.replace("vtc_scenes", "films"))
     arguments = ("--model", film_model, "--tasks", "films", "--include-path", tmp_path, "--batch-size", 2, *form)
     done = outside(
@@ -799,7 +799,7 @@ metric_list:
 @needs_lmms
 def test_multiple_choice_through_lmms_eval(task: Path, tmp_path: Path, outside: Any) -> None:
     choices = ("red", "green", "yes", "no", "circle", "3")
-    documents = [one for one in lines_of(task / "test.jsonl") if one["answer"] in choices]
+    documents = [one for one in lines_of(task / "scenes-test.jsonl") if one["answer"] in choices]
     assert len(documents) >= 3
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
     (tmp_path / "utils.py").write_text(export.UTILS)
