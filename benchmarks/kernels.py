@@ -33,7 +33,6 @@ import triton
 import triton.testing
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize, one_hot
-from transformers import LlamaConfig, LlamaModel
 
 from vtc.kernels.assign import naive as naive_assign
 from vtc.kernels.assign import triton as triton_assign
@@ -48,6 +47,7 @@ from vtc.kernels.received import naive as naive_received
 from vtc.kernels.received import triton as triton_received
 from vtc.kernels.rows import naive as naive_rows
 from vtc.kernels.rows import triton as triton_rows
+from vtc.zoo import torchvision
 
 Call = Callable[[], Tensor]
 LARGEST_MAP = 24 * 2**30  # bytes: what a materialised attention map may take before its column stays empty
@@ -377,6 +377,9 @@ def ceilings(bench: Bench) -> tuple[float, float]:
 
 def prefill(bench: Bench, tokens: int = 64 + 40) -> float:
     """Microseconds of a 7B language model, with random weights, reading 64 visual tokens and a question."""
+    torchvision.mend()  # before transformers looks for it
+    from transformers import LlamaConfig, LlamaModel
+
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(**size) if bench.small else LlamaConfig()
     with bench.device:

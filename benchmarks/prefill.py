@@ -23,11 +23,11 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import torch
 import transformers
 from tabulate import tabulate
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vtc
 from vtc.eval import latency
 from vtc.eval.conditions import device_name
+from vtc.zoo import torchvision
 
 IMAGE = 5
 SIZES: dict[str, dict[str, int]] = {
@@ -40,8 +40,11 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def build(size: str, dtype: torch.dtype, device: str) -> LlavaForConditionalGeneration:
+def build(size: str, dtype: torch.dtype, device: str) -> Any:
     """LLaVA-1.5 with the CLIP ViT-L/14-336 tower and a Llama of the given size."""
+    torchvision.mend()  # before transformers looks for it
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
     vision = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
         patch_size=14, projection_dim=768,

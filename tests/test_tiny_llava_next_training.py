@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from training import export_next, packing, text, tiny_llava_next
+from training import packing, processors, text, tiny_llava_next
 from training.tiny_llava_next import SIDE, TILE, encode, hidden, layout, owners, pixels
 from vtc.eval import accuracy
 from vtc.eval.posters import QUESTION_TYPES, Posters
@@ -22,7 +22,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    return export_next.processor()
+    return processors.llava_next()
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,4 +1,4 @@
-"""Data-parallel training on CPU cores: workers, optimiser, schedule, checkpoints, log.
+"""Data-parallel training on CPU cores: workers, optimiser, schedule, checkpoints, log, command line.
 
 Worker processes with one thread each beat one process with several threads on a shared machine, where every OpenMP
 barrier waits for the slowest core.
@@ -6,6 +6,7 @@ barrier waits for the slowest core.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -130,6 +131,22 @@ def save(path: Path, state: dict[str, Any]) -> None:
     path.with_suffix(".part").replace(path)
 
 
+def checkpoint(step: int, optimizers: Sequence[MuonAdamW], **modules: nn.Module) -> dict[str, Any]:
+    """All that `restore` needs to go on after `step` steps."""
+    states = {name: module.state_dict() for name, module in modules.items()}
+    return {"step": step, **states, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+
+
+def restore(path: Path, optimizers: Sequence[MuonAdamW], **modules: nn.Module) -> int:
+    """Load a checkpoint into the modules and as many optimisers as there are; the number of steps it has behind it."""
+    state = torch.load(path, weights_only=True)
+    for name, module in modules.items():
+        module.load_state_dict(state[name])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
 class Log:
     """One JSON object per line, appended; silent on all workers but the first."""
 
@@ -145,3 +162,28 @@ class Log:
             rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps(rounded) + "\n")
+
+
+def command(description: str, name: str, trainer: Callable[..., Any], stages: Sequence[Any], workers: int = 1) -> None:
+    """The command line of a training script: `trainer(group, folder, log)` runs the stages, each from its checkpoint.
+
+    Args:
+        description: the script's docstring.
+        name: of the model, for its folder of checkpoints and its log.
+        trainer: a class of the script, so that worker processes can import it.
+        stages: in order.
+        workers: by default.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=workers, help="processes with one thread each; share each batch")
+    parser.add_argument("--folder", type=Path, default=Path("runs", name), help="checkpoints")
+    parser.add_argument("--log", type=Path, default=Path(f"training/logs/{name}.jsonl"))
+    parser.add_argument("--last", type=int, default=len(stages) - 1, help="number of the last stage to run")
+    arguments = parser.parse_args()
+    launch(_train, arguments.workers, trainer, stages[: arguments.last + 1], arguments.folder, arguments.log)
+
+
+def _train(group: Group, trainer: Callable[..., Any], stages: Sequence[Any], folder: Path, log: Path) -> None:
+    training = trainer(group, folder, Log(log, group))
+    for stage in stages:
+        training.run(stage)

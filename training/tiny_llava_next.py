@@ -15,7 +15,6 @@ each. No stage drops visual tokens, for the reasons given in `tiny_llava.py`.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import random
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 import vtc.zoo
 from training import packing, text
-from training.common import FlatGradients, Group, Log, MuonAdamW, launch, save, schedule
+from training.common import FlatGradients, Group, Log, MuonAdamW, checkpoint, command, restore, save, schedule
 from training.tiny_llava import KINDS, MAX_OF_A_SHAPE, TINTS, Heads, Targets, look
 from vtc.eval.content import SHAPES, WORDS
 from vtc.eval.posters import QUESTION_TYPES, Poster, Posters
@@ -321,8 +320,9 @@ class Trainer:
         rest = [(n, p) for n, p in self.model.named_parameters() if id(p) not in known]
         trained = rest if stage.answers else tower + list(self.heads.named_parameters())
         optimizers = [MuonAdamW(trained, stage.muon, stage.adamw)]
+        modules = {"model": self.model, "heads": self.heads}
         path = self.folder / f"{stage.name}.pt"
-        begin = self.resume(path, optimizers) if path.exists() else 0
+        begin = restore(path, optimizers, **modules) if path.exists() else 0
         gradients = FlatGradients([p for _, p in trained], self.group)
         sums: dict[str, float] = {}
         for step in range(begin, stage.steps):
@@ -348,42 +348,8 @@ class Trainer:
                     self.log.write(**progress, **sums, **scores)
                 sums = {}
             if self.group.first and (done % SAVE_EVERY == 0 or done == stage.steps):
-                save(path, self.state(done, optimizers))
-
-    def state(self, step: int, optimizers: Sequence[MuonAdamW]) -> dict:
-        return {
-            "step": step,
-            "model": self.model.state_dict(),
-            "heads": self.heads.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        }
-
-    def resume(self, path: Path, optimizers: Sequence[MuonAdamW] = ()) -> int:
-        """Load a checkpoint; the number of steps it has behind it."""
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):
-            optimizer.load_state_dict(saved)
-        return state["step"]
-
-
-def train(group: Group, folder: Path, log: Path, last: int) -> None:
-    """All stages, each from its checkpoint if there is one."""
-    trainer = Trainer(group, folder, Log(log, group))
-    for stage in STAGES[: last + 1]:
-        trainer.run(stage)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=1, help="processes with one thread each; divides the batches")
-    parser.add_argument("--folder", type=Path, default=Path("runs/tiny-llava-next"), help="checkpoints")
-    parser.add_argument("--log", type=Path, default=Path("training/logs/tiny-llava-next.jsonl"))
-    parser.add_argument("--last", type=int, default=len(STAGES) - 1, help="number of the last stage to run")
-    arguments = parser.parse_args()
-    launch(train, arguments.workers, arguments.folder, arguments.log, arguments.last)
+                save(path, checkpoint(done, optimizers, **modules))
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, "tiny-llava-next", Trainer, STAGES)

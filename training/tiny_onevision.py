@@ -17,7 +17,6 @@ model at visual tokens also have to tell what has happened so far (`Chronicle`).
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from transformers import (
 )
 
 from training import packing, text, tiny_llava  # noqa: F401  # the latter registers the attention "float32"
-from training.common import FlatGradients, Group, Log, MuonAdamW, launch, save, schedule
+from training.common import FlatGradients, Group, Log, MuonAdamW, command, save, schedule
 from training.packing import MEAN, STD, Pack
 from vtc.eval import content
 from vtc.eval.clips import (
@@ -613,22 +612,5 @@ def held_out() -> Iterator[Shown]:
     yield show_pairs([Pairs("val")[seed] for seed in range(20)])
 
 
-def train(group: Group, folder: Path, log: Path, last: int) -> None:
-    """All stages, each from its checkpoint if there is one."""
-    trainer = Trainer(group, folder, Log(log, group))
-    for stage in STAGES[: last + 1]:
-        trainer.run(stage)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=1, help="processes with one thread each; divides the batches")
-    parser.add_argument("--folder", type=Path, default=Path("runs/tiny-onevision"), help="checkpoints")
-    parser.add_argument("--log", type=Path, default=Path("training/logs/tiny-onevision.jsonl"))
-    parser.add_argument("--last", type=int, default=len(STAGES) - 1, help="number of the last stage to run")
-    arguments = parser.parse_args()
-    launch(train, arguments.workers, arguments.folder, arguments.log, arguments.last)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "tiny-onevision", Trainer, STAGES)
