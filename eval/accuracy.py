@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from vtc.encoding import take
 from vtc.errors import VtcError
+from vtc.eval.items import shape
 
 if TYPE_CHECKING:
     from vtc.eval.items import Item, Medium
@@ -112,7 +112,7 @@ def batches(processor: Any, items: Sequence[Item], batch_size: int, *, blind: bo
     def length(row: int) -> tuple[Any, ...]:
         # Media of one shape have equally many tokens, so shapes and text decide the length of the whole prompt.
         tokens = len(processor.tokenizer(prompt(processor, items[row].question, ()))["input_ids"])
-        return (tokens,) if blind else (tuple(map(_shape, items[row].media)), tokens)
+        return (tokens,) if blind else (tuple(map(shape, items[row].media)), tokens)
 
     found = []
     lengths = [length(row) for row in range(len(items))]
@@ -126,11 +126,6 @@ def batches(processor: Any, items: Sequence[Item], batch_size: int, *, blind: bo
             inputs = process(processor, [item.question for item in asked], media)
             found.append(Batch(chosen, tuple(item.index for item in asked), inputs))
     return found
-
-
-def _shape(medium: Medium) -> tuple[int, ...]:
-    """(height, width) of a picture, (frames, height, width) of a clip."""
-    return medium.size[::-1] if isinstance(medium, Image.Image) else np.shape(medium)[:3]
 
 
 def longest_answer(processor: Any, items: Iterable[Item]) -> int:

@@ -188,13 +188,9 @@ class _Maker:
             index = rng.choice([i for i in range(content.TEXTURES[self.split]) if i not in self.used])
             self.used.add(index)
             source = content.texture(self.split, index, side)
-        top, left = (rng.randint(0, n - m) for n, m in zip(source.shape, (self.height, self.width), strict=False))
-        crop = source[top : top + self.height, left : left + self.width]
-        if rng.random() < 0.5:
-            crop = crop[:, ::-1]
-        if rng.random() < 0.5:
-            crop = crop[::-1]
-        return crop.astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
+        return content.cut(rng, source, self.height, self.width).astype(np.float32) * rng.uniform(
+            0.8, 1.15
+        ) + rng.uniform(-15, 15)
 
     def opacity(self, kind: str, name: str) -> np.ndarray:
         rng = self.rng

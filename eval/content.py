@@ -167,3 +167,12 @@ def opacity(rng: random.Random, split: str, kind: str, name: str) -> np.ndarray:
     size = rng.choice(DIGIT_SIZES)
     digit = Image.fromarray(rng.choice(digits(split)[int(name)])).resize((size, size), Image.Resampling.BICUBIC)
     return np.clip(np.asarray(digit) * 1.25 - 0.1, 0, 1)
+
+
+def cut(rng: random.Random, source: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A random part of a background (h, w, 3), perhaps mirrored: (height, width, 3)."""
+    top, left = rng.randint(0, source.shape[0] - height), rng.randint(0, source.shape[1] - width)
+    part = source[top : top + height, left : left + width]
+    if rng.random() < 0.5:
+        part = part[:, ::-1]
+    return part[::-1] if rng.random() < 0.5 else part

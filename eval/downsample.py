@@ -50,8 +50,3 @@ def shrink(medium: Medium, scale: float) -> Medium:
     if isinstance(medium, Image.Image):
         return medium.resize(size(*medium.size, scale), Image.Resampling.BICUBIC)
     return np.stack([np.asarray(shrink(Image.fromarray(frame), scale)) for frame in medium])
-
-
-def shape(medium: Medium) -> tuple[int, ...]:
-    """(height, width) of a picture, (frames, height, width) of a clip."""
-    return medium.size[::-1] if isinstance(medium, Image.Image) else tuple(np.shape(medium)[:3])

@@ -15,6 +15,11 @@ Clip = np.ndarray  # (frames, height, width, 3) uint8
 Medium = Image.Image | Clip
 
 
+def shape(medium: Medium) -> tuple[int, ...]:
+    """(height, width) of a picture, (frames, height, width) of a clip."""
+    return medium.size[::-1] if isinstance(medium, Image.Image) else tuple(np.shape(medium)[:3])
+
+
 @dataclass(frozen=True)
 class Question:
     """One question with its only right answer, which is one word."""

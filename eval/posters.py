@@ -26,6 +26,7 @@ from vtc.eval.content import (
     TEXTURES,
     TYPEFACES,
     WORDS,
+    cut,
     digits,
     photos,
     shape_mask,
@@ -106,13 +107,7 @@ class Posters:
                 source = np.asarray(enlarged.resize(size, Image.Resampling.BICUBIC))
         else:
             source = texture(self.split, rng.randrange(TEXTURES[self.split]), TEXTURE_SIDE)
-        top, left = rng.randint(0, source.shape[0] - height), rng.randint(0, source.shape[1] - width)
-        crop = source[top : top + height, left : left + width]
-        if rng.random() < 0.5:
-            crop = crop[:, ::-1]
-        if rng.random() < 0.5:
-            crop = crop[::-1]
-        return crop.astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
+        return cut(rng, source, height, width).astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
 
     def _opacity(self, rng: random.Random, kind: str, name: str) -> np.ndarray:
         """The form of one thing, (h, w) float32 in [0, 1]."""

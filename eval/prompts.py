@@ -18,7 +18,7 @@ from vtc import adapters
 from vtc.errors import VtcError
 from vtc.eval import accuracy, downsample
 from vtc.eval.accuracy import Batch
-from vtc.eval.items import Item
+from vtc.eval.items import Item, shape
 from vtc.eval.made_up import MadeUp, count
 from vtc.eval.plan import Setting
 
@@ -63,7 +63,7 @@ class Asked:
     @cached_property
     def _typical(self) -> Item:
         """The first question about media of the usual size: the median of their areas."""
-        areas = [sum(prod(downsample.shape(medium)) for medium in item.media) for item in self.items]
+        areas = [sum(prod(shape(medium)) for medium in item.media) for item in self.items]
         return self.items[areas.index(median_low(areas))]
 
     @property
@@ -82,7 +82,7 @@ class Asked:
     def count(self, item: Item, scale: float = 1.0) -> int:
         """Visual tokens of a question whose media are at this scale, as the processor makes them."""
         media = [downsample.shrink(medium, scale) for medium in item.media]
-        key = tuple(map(downsample.shape, media))
+        key = tuple(map(shape, media))
         if key not in self._counts:
             inputs = accuracy.process(self.processor, [item.question], [media])
             self._counts[key] = count(adapters.find(self.model), inputs)
@@ -93,7 +93,7 @@ class Asked:
         if setting.scaled is None:
             return item
         most = downsample.budget(setting.scaled, self.count(item), len(item.media))
-        key = (*map(downsample.shape, item.media), most)
+        key = (*map(shape, item.media), most)
         if key not in self._scales:
             self._scales[key] = downsample.search(lambda scale: self.count(item, scale), most)
         return replace(item, media=tuple(downsample.shrink(medium, self._scales[key]) for medium in item.media))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, SPLITS, TEXTURES, WORDS, opacity, photos, texture
+from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, SPLITS, TEXTURES, WORDS, cut, opacity, photos, texture
 from vtc.eval.items import Item, Question, balanced
 
 SIDES = ("left of", "right of", "above", "below")
@@ -117,12 +117,7 @@ class Scenes:
             source = rng.choice(photos(self.split))
         else:
             source = texture(self.split, rng.randrange(TEXTURES[self.split]), size * 3 // 2)
-        top, left = rng.randint(0, source.shape[0] - size), rng.randint(0, source.shape[1] - size)
-        crop = source[top : top + size, left : left + size]
-        if rng.random() < 0.5:
-            crop = crop[:, ::-1]
-        if rng.random() < 0.5:
-            crop = crop[::-1]
+        crop = cut(rng, source, size, size)
         if rng.random() < 0.5:
             crop = crop.transpose(1, 0, 2)
         return crop.astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, SPLITS, TEXTURES, WORDS, opacity, photos, texture
+from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, SPLITS, TEXTURES, WORDS, cut, opacity, photos, texture
 from vtc.eval.items import Item, Medium, Question, balanced
 
 QUESTION_TYPES = (
@@ -213,13 +213,7 @@ class Scenes:
             source = rng.choice(photos(self.split))
         else:
             source = texture(self.split, rng.randrange(TEXTURES[self.split]), BACKGROUND)
-        top, left = rng.randint(0, source.shape[0] - height), rng.randint(0, source.shape[1] - width)
-        crop = source[top : top + height, left : left + width]
-        if rng.random() < 0.5:
-            crop = crop[:, ::-1]
-        if rng.random() < 0.5:
-            crop = crop[::-1]
-        return crop.astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
+        return cut(rng, source, height, width).astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
 
     def _paint(
         self, rng: random.Random, size: tuple[int, int, int], things: list[Thing], forms: list[np.ndarray]

@@ -18,7 +18,7 @@ from video_checkpoints import save_internvl, save_onevision, save_qwen
 from vtc import cli, zoo
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.eval import bench, downsample, prompts, report, scenes, tasks
-from vtc.eval.items import Item
+from vtc.eval.items import Item, shape
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def test_pictures_and_clips_keep_their_shape() -> None:
     picture = Image.new("RGB", (200, 100))
     assert downsample.shrink(picture, 0.3).size == (60, 30)  # type: ignore[union-attr]
     clip = np.zeros((3, 100, 200, 3), np.uint8)
-    assert downsample.shape(downsample.shrink(clip, 0.3)) == (3, 30, 60)
+    assert shape(downsample.shrink(clip, 0.3)) == (3, 30, 60)
     assert downsample.shrink(clip, 1.0) is clip
-    assert downsample.shape(downsample.shrink(picture, 0.001)) == (1, 1)
+    assert shape(downsample.shrink(picture, 0.001)) == (1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ the prompts

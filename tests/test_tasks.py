@@ -30,6 +30,16 @@ def test_every_task_asks_about_pictures_or_clips(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", tasks.names())
+def test_questions_of_one_scene_share_their_media(task: str) -> None:
+    """Batches encode by the number of the scene what several questions show."""
+    known: dict[int, tuple] = {}
+    for item in tasks.questions(task, "test", 300):
+        first = known.setdefault(item.index, item.media)
+        assert len(first) == len(item.media)
+        assert all(np.array_equal(one, other) for one, other in zip(first, item.media, strict=True))
+
+
+@pytest.mark.parametrize("task", tasks.names())
 def test_splits_ask_about_other_media(task: str) -> None:
     first = [next(iter(tasks.questions(task, split, 1))) for split in content.SPLITS]
     assert len({digest([item]) for item in first}) == len(content.SPLITS)

@@ -27,6 +27,7 @@ from vtc.eval import accuracy, flops
 from vtc.eval.bench import Options, load_model
 from vtc.eval.lmms import clips
 from vtc.eval.lmms.record import MAX_FAILURES, Failed, Failure, Key, Record, Row
+from vtc.eval.survivors import owners
 from vtc.session import Session
 
 Shape = tuple[int, tuple[int, ...]]  # number of images, and frames of each clip; the same in all prompts of a batch
@@ -346,24 +347,12 @@ class Answerer:
             return {"prefill_flops": None, "prefill_flops_in": None, "kv_cache_bytes": None}
 
     def _left(self, session: Session, visual: dict[str, list[int]], before: list[list[int]]) -> list[list[int]]:
-        """Visual tokens that are left, by row and decoder layer, from the report of the prefill.
-
-        Visual inputs come in the order of their placeholders, so each row's are as many as fill its own.
-        """
+        """Visual tokens that are left, by row and decoder layer, from the report of the prefill."""
         report = session.last
         if report is None or report.prompts != len(before):
             raise RuntimeError(f"{session.spec}: the model was called, but there is no report of it")
-        mine: list[list[int]] = [[] for _ in before]
-        for kind, counts in visual.items():
-            numbers = [number for number, one in enumerate(report.modalities) if one == kind]
-            for row, count in enumerate(counts):
-                while count > 0 and numbers:
-                    mine[row].append(numbers[0])
-                    count -= report.layouts[numbers.pop(0)].tokens
-                if count:
-                    raise RuntimeError(f"{session.spec}: the report of the {kind}s does not fit the prompts")
         left = []
-        for layers, numbers in zip(before, mine, strict=True):
+        for layers, numbers in zip(before, owners(report, visual), strict=True):
             after = list(layers)
             for stage in report.stages:
                 kept = sum(len(stage.kept[number]) for number in numbers)
