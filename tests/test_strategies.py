@@ -265,6 +265,18 @@ def test_todre_random_pivot_depends_on_seed_and_size_alone() -> None:
     assert len(pivots) > 10
 
 
+@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
+def test_todre_starts_in_the_thumbnail_if_there_is_one(sizes: Layout) -> None:
+    """As in the paper. Of frames, and of tiles whose places are not known, any may have the pivot."""
+    x, saliency = draw_features("gaussian", sizes.tokens, batch=8), torch.rand(8, 1, sizes.tokens)
+    saliency[:, :, separators(sizes)] = 0.0
+    images = [part for part in sizes.views if part.separators and not sizes.clip]
+    among = sizes.views[0].stop if images else sizes.tokens
+    pivots = [best(row[0, :among].tolist(), 1)[0] for row in saliency]
+    for pivot in ("cls", "received"):
+        assert picked(strategy("todre")(keep=1, pivot=pivot), view(sizes, x, saliency)) == [[one] for one in pivots]
+
+
 def test_todre_needs_and_layer() -> None:
     assert parse("todre").needs == {"features", "cls"}
     assert parse("todre:pivot=received").needs == {"features", "received"}

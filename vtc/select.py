@@ -32,6 +32,7 @@ __all__ = [
     "rank",
     "separators",
     "shuffled",
+    "thumbnail",
     "top_k",
     "unit",
 ]
@@ -76,6 +77,14 @@ def places(views: Sequence[View], device: torch.device | None = None) -> Tensor:
 def separators(layout: Layout, device: torch.device | None = None) -> Tensor:
     """Numbers of the tokens of `layout` that belong to no grid, such as newlines, ascending."""
     return others(places(layout.views, device), layout.tokens)
+
+
+def thumbnail(layout: Layout) -> View | None:
+    """The view of an image that shows all of it, if a canvas of its crops is the other; `None` of tiles and clips."""
+    if layout.clip or len(layout.views) != 2:
+        return None
+    whole, canvas = layout.views
+    return whole if canvas.separators or canvas.crops != (1, 1) else None
 
 
 def proportional(total: int, sizes: Sequence[int]) -> list[int]:

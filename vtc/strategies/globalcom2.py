@@ -14,7 +14,7 @@ from vtc.compressor import Compressor, register
 from vtc.errors import SpecError, UnsupportedModelError
 from vtc.kernels import merge
 from vtc.kernels.cosine import unit
-from vtc.select import places, separators, top_k
+from vtc.select import places, separators, thumbnail, top_k
 from vtc.selection import Selection
 from vtc.visual import Encoder, View, Visual
 
@@ -107,18 +107,18 @@ class GlobalCom2(Compressor):
             return self._frames(visual, cells, kept)
         if len(views) == 1:
             return top_k(self._score(visual, cells), kept)
-        if len(views) > 2 or (views[1].crops == (1, 1) and not views[1].separators):  # tiles, perhaps two of them
+        if thumbnail(visual.layout) is None:  # tiles, perhaps two of them
             raise UnsupportedModelError(
                 f"globalcom2 needs a thumbnail and a canvas of crops, but this image has {len(views)} views whose "
                 "places on a canvas are not known; 'fastervlm' and 'divprune' take any"
             )
-        thumbnail, canvas = views
-        size = thumbnail.rows * thumbnail.columns
+        whole, canvas = views
+        size = whole.rows * whole.columns
         first = (2 * kept * size + len(cells)) // (2 * len(cells))  # of the thumbnail, by size; halves round up
         score = self._score(visual, cells[:size])
-        picture = score.view(-1, 1, thumbnail.rows, thumbnail.columns)
+        picture = score.view(-1, 1, whole.rows, whole.columns)
         resized = interpolate(picture, (canvas.rows, canvas.columns), mode="bilinear").flatten(1)
-        part = crops(canvas, thumbnail.rows, thumbnail.columns, visual.device)  # where each crop is on the thumbnail
+        part = crops(canvas, whole.rows, whole.columns, visual.device)  # where each crop is on the thumbnail
         crop = crops(canvas, canvas.rows, canvas.columns, visual.device)
         count = canvas.crops[0] * canvas.crops[1]
         own = self._score(visual, cells[size:], crop, count)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.compressor import Compressor, register
-from vtc.select import distinct, full_precision, k_center, max_sum, shuffled, unit
+from vtc.select import distinct, full_precision, k_center, max_sum, shuffled, thumbnail, unit
 from vtc.selection import Selection
 from vtc.visual import Encoder, Visual
 
@@ -20,9 +20,9 @@ class ToDRE(Compressor):
     """Keep the token that [CLS] attends to most, and then those least like everything kept so far.
 
     This is the first stage of ToDRE, which acts before the language model. The pivot is the token with the highest
-    head-averaged attention from [CLS] in the encoder's last layer. Then, again and again, the token whose cosine
-    similarities to all survivors have the smallest sum survives; features are the projected ones. The question is not
-    looked at.
+    head-averaged attention from [CLS] in the encoder's last layer: of an image with crops in its thumbnail, of a clip in
+    all frames. Then, again and again, the token whose cosine similarities to all survivors have the smallest sum
+    survives; features are the projected ones. The question is not looked at.
 
     ToDRE (arXiv 2505.18757). No official code was found. What the paper leaves open, and what is done here:
 
@@ -31,8 +31,7 @@ class ToDRE(Compressor):
     - Treatment of heads in the pivot's attention: their mean. Ties: the lowest index.
     - Separators such as newlines, which are copies of one token: the first is a candidate, the others survive only when
       nothing else is left.
-    - For multi-crop images the paper takes the pivot from the thumbnail; here from all tokens of the image. For clips
-      both take the best of all frames.
+    - Tiles of which nothing says what they show, as InternVL's: the pivot is the best of all their tokens.
 
     Attributes:
         pivot: where to start. `"cls"` as published; for encoders without a class token, the attention that a token
@@ -75,4 +74,5 @@ class ToDRE(Compressor):
             mean = unit(rows.float().mean(dim=1, keepdim=True))  # (B, 1, D)
             with full_precision(rows.device):
                 return (unit(rows) @ mean.mT).squeeze(2).argmax(dim=1)
-        return visual.saliency[:, 0, own].argmax(dim=1)
+        score, whole = visual.saliency[:, 0, own], thumbnail(visual.layout)
+        return (score if whole is None else score[:, : whole.stop]).argmax(dim=1)  # the thumbnail comes first
