@@ -20,9 +20,9 @@ class ToDRE(Compressor):
     """Keep the token that [CLS] attends to most, and then those least like everything kept so far.
 
     This is the first stage of ToDRE, which acts before the language model. The pivot is the token with the highest
-    head-averaged attention from [CLS] in the encoder's last layer: of an image with crops in its thumbnail, of a clip in
-    all frames. Then, again and again, the token whose cosine similarities to all survivors have the smallest sum
-    survives; features are the projected ones. The question is not looked at.
+    head-averaged attention from [CLS] in the encoder's last layer: of an image with crops, among those of its
+    thumbnail; of a clip, among those of all frames. Then, again and again, the token whose cosine similarities to all
+    survivors have the smallest sum survives; features are the projected ones. The question is not looked at.
 
     ToDRE (arXiv 2505.18757). No official code was found. What the paper leaves open, and what is done here:
 
