@@ -32,6 +32,7 @@ from vtc.eval.flops import (
     prefill,
     projector,
 )
+from vtc.kernels.greedy.naive import WHOLE
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,13 @@ class Cut:
     encoder_width: int
     encoder_layers: int
     frames: int = 1  # of a clip
+    patches: int = 0  # of all views; tokens may be fewer
     looks: int | None = None  # pairs of patches in one layer of the encoder; None if what it looks at is not known
 
 
 def _row(cut: Cut) -> int:
     """The class token's query with all keys, in one encoder layer."""
-    return cut.before * cut.encoder_width
+    return cut.patches * cut.encoder_width
 
 
 def _rows(cut: Cut) -> int:
@@ -160,13 +162,8 @@ def _chosen(cut: Cut) -> int:
 
 
 def _pairs(cut: Cut) -> int:
-    """All tokens with all tokens."""
-    return cut.before**2 * cut.width
-
-
-def _assigned(cut: Cut) -> int:
-    """Each dropped token with all survivors."""
-    return (cut.before - cut.after) * cut.after * cut.width
+    """All tokens with all tokens; of so many that this is not kept, each survivor with all of them once more."""
+    return cut.before**2 * cut.width + (_chosen(cut) if cut.before**2 > WHOLE else 0)
 
 
 def _merged(cut: Cut) -> int:
@@ -175,13 +172,13 @@ def _merged(cut: Cut) -> int:
 
 
 def _prompt(cut: Cut) -> int:
-    """The last token's query with all keys, in one decoder layer."""
-    return (cut.before + cut.text) * cut.attended
+    """The last token's query, computed once more, and its products with all keys, in one decoder layer."""
+    return (cut.width + cut.before + cut.text) * cut.attended
 
 
-def _projected(cut: Cut) -> int:
-    """The last token's query and all keys, computed for a layer that has not run yet."""
-    return cut.width * (cut.attended + (cut.before + cut.text) * cut.keyed)
+def _keys(cut: Cut) -> int:
+    """All keys, computed for a layer that has not run yet."""
+    return cut.width * (cut.before + cut.text) * cut.keyed
 
 
 def _received(cut: Cut) -> int:
@@ -208,7 +205,8 @@ def _merged_frames(cut: Cut) -> int:
     return _merged(cut) if cut.frames > 1 else 0
 
 
-# Multiply-adds per cut, by strategy with its default options. Sorting and indexing are not counted.
+# Multiply-adds per cut, by strategy with its default options. Sorting and indexing are not counted; a symmetric product
+# counts in full, of which torch computes one half where it can.
 SELECTION: dict[str, tuple[Callable[[Cut], int], ...]] = {
     "none": (),
     "random": (),
@@ -217,13 +215,13 @@ SELECTION: dict[str, tuple[Callable[[Cut], int], ...]] = {
     "fastervlm": (_row,),
     "vtc-cls": (_rows,),
     "globalcom2": (_row,),
-    "divprune": (_pairs, _chosen),
+    "divprune": (_pairs,),
     "todre": (_row, _chosen),
     "todre-inner": (),
     "fastv": (_prompt,),
-    "pyramiddrop": (_prompt, _projected),
+    "pyramiddrop": (_prompt, _keys),
     "holitom": (_received, _static, _merged_frames),
-    "holitom-inner": (_prompt, _assigned, _merged),
+    "holitom-inner": (_prompt, _chosen, _merged),
 }
 
 
@@ -435,6 +433,7 @@ def cut(config: Any, before: int, after: int, text: int, frames: int = 1, looks:
     """One place where tokens are dropped, with the sizes of a model."""
     vision: Any = getattr(config, "vision_config", None)
     decoder = Decoder.of(getattr(config, "text_config", config))
+    square = vision is not None and vision.model_type not in PACKED
     return Cut(
         before=before,
         after=after,
@@ -445,6 +444,7 @@ def cut(config: Any, before: int, after: int, text: int, frames: int = 1, looks:
         encoder_width=getattr(vision, "embed_dim", 0) or getattr(vision, "hidden_size", 0),
         encoder_layers=getattr(vision, "num_hidden_layers", 0),
         frames=frames,
+        patches=before if looks is None or not square else looks // per_edge(vision) ** 2,
         looks=looks,
     )
 

@@ -400,12 +400,13 @@ def test_the_work_of_selection_is_counted_where_there_is_a_closed_form(loaded: A
     model, inputs = loaded[0], first(loaded, items)
     text = inputs["input_ids"].shape[1] - TOKENS
     row, pairs, chosen = TOKENS * 32, TOKENS**2 * 32, 5 * TOKENS * 32  # encoder and language model are 32 wide
+    asked = 32 * 32 + (5 + text) * 32  # the last token's query, and that with the keys
     wanted = {
         "uniform:keep=5": 0,
         "fastervlm:keep=5": row,
-        "divprune:keep=5": pairs + chosen,
+        "divprune:keep=5": pairs,
         "todre:keep=5,seed=3,positions=original": row + chosen,
-        "divprune:keep=5+fastv:layer=1,keep=3": pairs + chosen + (5 + text) * 32,
+        "divprune:keep=5+fastv:layer=1,keep=3": pairs + asked,
         "fastv:layer=1,keep=1.0": 0,  # nothing is dropped
         "todre:keep=5,pivot=mean": None,  # another pivot, other work
     }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from families import FAMILIES, Shown
 from vtc.errors import UnsupportedModelError, VtcError
 from vtc.eval import checkpoints, flops
 from vtc.eval.estimate import SELECTION, Cut, estimate, parse_schedule, selection, table
+from vtc.eval.estimate import cut as cut_of
 from vtc.visual import Layout, Visual
 
 SIZES = dict(vocab_size=320, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6)
@@ -414,17 +418,18 @@ def test_prompts_of_text_alone_have_no_encoder_to_run() -> None:
 
 def test_selection_is_counted_where_tokens_drop() -> None:
     sizes = dict(before=50, after=8, text=6, width=96, attended=64, keyed=32, encoder_width=40, encoder_layers=24)
-    cut = Cut(**sizes, frames=5, looks=5 * 40**2)  # five frames of 40 patches, pooled to ten tokens each
+    # Five frames of 40 patches, pooled to ten tokens each.
+    cut = Cut(**sizes, frames=5, patches=200, looks=5 * 40**2)
     by_hand = {
         "uniform": 0,
         "pool": 50 * 96,
-        "fastervlm": 50 * 40,
-        "vtc-cls": 7 * 50 * 40,  # layers 16 to 22
-        "divprune": 50 * 50 * 96 + 8 * 50 * 96,
-        "todre": 50 * 40 + 8 * 50 * 96,
-        "fastv": 56 * 64,
-        "pyramiddrop": 56 * 64 + 96 * (64 + 56 * 32),
-        "holitom-inner": 56 * 64 + 42 * 8 * 96 + 50 * 96,
+        "fastervlm": 200 * 40,
+        "vtc-cls": 7 * 200 * 40,  # layers 16 to 22
+        "divprune": 50 * 50 * 96,
+        "todre": 200 * 40 + 8 * 50 * 96,
+        "fastv": 96 * 64 + 56 * 64,
+        "pyramiddrop": 96 * 64 + 56 * 64 + 96 * 56 * 32,
+        "holitom-inner": 96 * 64 + 56 * 64 + 50 * 8 * 96 + 50 * 96,
         "holitom": 5 * 40**2 * 40 + (4 * 10 + 2 * 5 * 10 + 2 * 10**2) * 96 + 50 * 96,
     }
     assert {name: selection(name, [cut]).macs for name in by_hand} == by_hand
@@ -436,9 +441,58 @@ def test_selection_is_counted_where_tokens_drop() -> None:
         assert count is not None
         return count.macs
 
-    assert cost("2:576,30:288") == cost("32:288") == 580 * 4096, "between two layers, or in front of the first"
-    assert cost("8:576,8:288,16:144") == (580 + 292) * 4096
+    assert cost("2:576,30:288") == cost("32:288") == (4096 + 580) * 4096, "between two layers, or before the first"
+    assert cost("8:576,8:288,16:144") == (2 * 4096 + 580 + 292) * 4096
     assert cost("32:576") == 0
+    long = replace(cut, before=5000, after=100)
+    assert selection("divprune", [long]).macs == 5000 * (5000 + 100) * 96, "too many distances to keep"
+
+
+@pytest.mark.parametrize(("config", "said", "patches"), [
+    ("llava-1.5-7b", dict(tokens=576), 576),
+    ("llava-next-video-7b", dict(tokens=8 * 144, frames=8), 8 * 576),
+    ("llava-next-7b", dict(tokens=2000, views=5), 5 * 576),
+    ("internvl3-8b", dict(tokens=2 * 256, views=2), 2 * 1024),
+])  # fmt: skip
+def test_the_class_token_looks_at_patches(config: str, said: dict[str, int], patches: int) -> None:
+    """Not at visual tokens: those may be fewer, as patches are pooled, or as padding is cut off."""
+    width, layers = 1024, checkpoints.config(config).text_config.num_hidden_layers
+    cost = estimate(config, **said, schedule=f"{layers}:64", strategy="fastervlm").selection
+    assert cost == flops.Count(patches * width)
+
+
+@pytest.mark.parametrize("spec", [
+    "random", "uniform", "fastervlm", "vtc-cls", "globalcom2", "divprune", "todre", "fastv", "pyramiddrop:stages=2",
+    "holitom", "holitom-inner", "todre-inner",
+])  # fmt: skip
+def test_selection_agrees_with_torch(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compressed call computes beyond encoder, projector and the language model on fewer tokens."""
+    for kernel, name in (("greedy", "greedy"), ("greedy", "most_isolated"), ("rows", "query_rows"),
+                         ("received", "received"), ("assign", "assign")):  # fmt: skip
+        naive = importlib.import_module(f"vtc.kernels.{kernel}.naive")  # which the counter sees, unlike operators
+        monkeypatch.setattr(importlib.import_module(f"vtc.kernels.{kernel}"), f"_{name}", getattr(naive, name))
+        if name == "greedy":
+            monkeypatch.setattr(naive, "all_cosines", lambda rows: rows @ rows.mT)  # both halves
+    vision = dict(num_hidden_layers=6, num_attention_heads=1, image_size=160, patch_size=8)
+    tower = CLIPVisionConfig(hidden_size=64, intermediate_size=160, **vision)
+    text = LlamaConfig(**{**SIZES, "num_hidden_layers": 8}, num_key_value_heads=2)
+    config = LlavaConfig(vision_config=tower, text_config=text, image_token_id=319)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    ids = torch.cat([torch.arange(5), torch.full((400,), 319), torch.arange(9)])[None]
+    inputs = dict(input_ids=ids, pixel_values=torch.randn(1, 3, 160, 160), logits_to_keep=1, use_cache=True)
+    full = counted(model, **inputs)
+    keep = "" if spec == "todre-inner" else f"{',' if ':' in spec else ':'}keep=40"
+    with vtc.compress(model, spec + keep) as session:
+        model(**inputs)  # the first call of a session checks more
+        measured = counted(model, **inputs)
+        report = session.last
+    measured -= full - flops.prefill_flops(text, 414) + flops.prefill_flops(text, report.lengths)
+    steps = [400, *(len(stage.kept[0]) for stage in report.stages)]
+    sizes = [cut_of(config, before, after, 14, looks=400**2) for before, after in itertools.pairwise(steps)]
+    closed = selection(spec.partition(":")[0], sizes)
+    # Merging adds rows up, and is no product; adding attention up over its queries is written as one.
+    sums = {"holitom-inner": -400 * 96, "holitom": 401**2}.get(spec, 0)
+    assert 2 * (closed.macs + sums) == pytest.approx(measured, rel=0.01)
 
 
 def test_only_strategies_have_a_selection_to_count() -> None:
