@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtc import kernels
 from vtc.kernels import dispatch
-from vtc.kernels.cosine import gram
+from vtc.kernels.cosine import gram, products
 from vtc.kernels.greedy import naive
 from watch import Watch
 
@@ -122,13 +122,24 @@ assert sys.modules.get("triton") is None
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_products_on_a_gpu_are_float32(dtype: torch.dtype) -> None:
     """What the CPU cannot run, half precision with sums in float32, at least has the right arguments and shapes."""
     with FakeTensorMode():
-        products, lengths = gram(torch.empty(2, 21, 8, device="cuda", dtype=dtype))
-    assert products.shape == (2, 32, 32) and lengths.shape == (2, 32)
-    assert products.dtype == lengths.dtype == torch.float32
+        x = torch.empty(2, 21, 8, device="cuda", dtype=dtype)
+        found, length = gram(x)
+        mixed = products(x, torch.empty(2, 3, 8, device="cuda"))
+    assert found.shape == (2, 32, 32) and length.shape == (2, 32) and mixed.shape == (2, 21, 3)
+    assert found.dtype == length.dtype == mixed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_products_compile_into_one_graph(half: bool) -> None:
+    """Outside of the operators, in strategies, they are compiled with what is around them."""
+    torch._dynamo.reset()
+    with torch.autocast("cpu", enabled=half):
+        found, length = torch.compile(gram, fullgraph=True, backend="aot_eager")(X)
+    assert torch.equal(found, gram(X)[0]) and torch.equal(length, gram(X)[1])
 
 
 def on_a_gpu(dtype: torch.dtype = torch.float16, index: int = 0, kind: str = "cuda") -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+HALF = frozenset({torch.float16, torch.bfloat16})
+
 
 def unit(features: Tensor) -> Tensor:
     """`(B, N, D)` in float32 with rows of length one, so that dot products are cosines.
@@ -19,7 +21,8 @@ def unit(features: Tensor) -> Tensor:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Keeps a caller's autocast away from matrix products, whose rounding would decide between near ties."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    # The one device without autocast, by its name: torch 2.11 cannot compile the question whether there is one.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
@@ -29,14 +32,14 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     sums are kept, so nothing is rounded but the sums.
     """
     with full_precision(a.device):
-        if a.is_cuda and a.dtype != torch.float32:
+        if a.is_cuda and a.dtype == b.dtype and a.dtype in HALF:
             return torch.bmm(a, b.mT, out_dtype=torch.float32)
         return a.float() @ b.float().mT
 
 
 def lengths(x: Tensor) -> Tensor:
     """`(B, N)` float32: the Euclidean length of each row of `(B, N, D)`."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(x if x.dtype in HALF else x.float(), dim=-1, dtype=torch.float32)
 
 
 def gram(x: Tensor) -> tuple[Tensor, Tensor]:
