@@ -71,25 +71,33 @@ class Run:
 
 
 class Clock:
-    """Points in time, on the device's own clock."""
+    """Points in time, on the device's own clock, and the memory it has used. A GPU need not be the current one."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
 
     def now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def wait(self) -> None:
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def between(self, start: Any, end: Any) -> float:
         """Milliseconds. On a GPU, `wait` first."""
         return start.elapsed_time(end) if self.cuda else (end - start) * 1000
+
+    def forget_peak(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int | None:
+        """The most bytes in use since `forget_peak`, weights included; CUDA only."""
+        return torch.cuda.max_memory_allocated(self.device) if self.cuda else None
 
 
 class Stopwatch(AbstractContextManager["Stopwatch"]):
@@ -165,8 +173,7 @@ def run(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 1) -> Run:
     clock = Clock(model.device)
     # generate drops a mask without padding; a mask would cost a check in the model.
     inputs = {k: v for k, v in inputs.items() if k != "attention_mask" or not bool((v == 1).all())}
-    if clock.cuda:
-        torch.cuda.reset_peak_memory_stats()
+    clock.forget_peak()
     with Stopwatch(find(model), clock) as watch:
         clock.wait()
         start = clock.now()
@@ -177,7 +184,7 @@ def run(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 1) -> Run:
     cache = output.past_key_values
     batch = token.shape[0]
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // batch
-    peak = torch.cuda.max_memory_allocated() if clock.cuda else None
+    peak = clock.peak()
     clock.wait()
     begin = clock.now()
     for _ in range(tokens - 1):

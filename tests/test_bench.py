@@ -228,6 +228,31 @@ def test_decoding_with_the_cache_is_greedy_generation(loaded: Any, items: list[I
     assert told == tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
 
+def test_a_second_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--device cuda:1` the current GPU is still the first one, on which nothing happens."""
+    asked: list[torch.device] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: torch.device) -> None:
+            asked.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 7)
+    clock = latency.Clock(torch.device("cuda:1"))
+    clock.now()
+    clock.wait()
+    clock.forget_peak()
+    assert clock.peak() == 7
+    assert asked == [torch.device("cuda:1")] * 4
+    assert latency.Clock(torch.device("cpu")).peak() is None
+
+
 def test_measurements_are_interleaved_and_compared_per_repeat(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With made-up times: a machine that gets ten times slower half-way through must not change the speed-up."""
     order: list[str] = []
