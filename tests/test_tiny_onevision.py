@@ -1,10 +1,7 @@
-"""The training of `tiny-onevision` sees what the model sees, and the shipped model answers and needs to look."""
+"""The training of `tiny-onevision` sees what the model sees."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +11,8 @@ from PIL import Image
 import vtc
 from training import packing, text, tiny_onevision
 from training.tiny_onevision import LANGUAGE, Shown
-from vtc.eval import accuracy, clips, items
+from vtc.eval import accuracy, clips
 from vtc.eval.clips import Clips, Pairs, Pictures
-
-FOLDER = Path(vtc.__file__).parent / "zoo" / "tiny-onevision"
 
 
 @pytest.fixture(scope="module")
@@ -136,53 +131,6 @@ def test_every_word_is_known() -> None:
         assert unknown not in LANGUAGE.encode(item.question) + LANGUAGE.encode(item.answer)
         assert len(LANGUAGE.encode(item.answer)) == 1
         assert len(LANGUAGE.encode(item.question)) + 2 <= packing.SLOT
-
-
-# ------------------------------------------------------------------------------------------------- the shipped model
-
-QUESTIONS = 150  # of the test split; the standard error of a share is at most 4 points
-
-
-@pytest.fixture(scope="module")
-def share() -> Callable[..., float]:
-    """Share of right answers under one compressor or, given several, their mean."""
-    pytest.importorskip("torchvision", reason="torchvision, which processors of clips need, is not installed")
-    model, processor = vtc.zoo.load("tiny-onevision")
-    asked = list(clips.questions("test", QUESTIONS))
-    prepared = accuracy.batches(processor, asked, 20)
-    words = accuracy.longest_answer(processor, asked)
-
-    def measure(*specs: str, blind: bool = False) -> float:
-        shares = []
-        for spec in specs or ("none",):
-            with vtc.compress(model, spec):
-                batches = accuracy.batches(processor, asked, 50, blind=True) if blind else prepared
-                answers = accuracy.answer(model, processor, batches, words)
-            shares.append(accuracy.score(answers, asked)[0].accuracy)
-        return sum(shares) / len(shares)
-
-    return measure
-
-
-def test_it_answers_and_needs_to_look(share: Callable[..., float]) -> None:
-    assert share() >= 0.8 and share(blind=True) <= 0.3
-
-
-def test_informed_choice_beats_chance_at_a_small_budget(share: Callable[..., float]) -> None:
-    informed = share("fastervlm:saliency=received,keep=0.05,positions=original")
-    assert informed >= share(*(f"random:keep=0.05,positions=original,seed={seed}" for seed in range(2))) + 0.05
-
-
-def test_the_folder_is_small_and_safe() -> None:
-    files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 10_000_000
-    assert {path.suffix for path in files} <= {".json", ".jinja", ".md", ".safetensors"}
-
-
-def test_the_model_card_is_about_these_questions() -> None:
-    card = json.loads((FOLDER / "accuracy.json").read_text())
-    assert card["digest"] == items.digest(clips.questions("test"))
-    assert card["digest"] in (FOLDER / "README.md").read_text()
 
 
 def test_the_processor_keeps_every_frame_as_it_is() -> None:

@@ -3,7 +3,7 @@
     python -m training.export tiny-llava      # runs/tiny-llava/settle.pt to vtc/zoo/tiny-llava
 
 The folder loads with `AutoProcessor.from_pretrained` and the model's own class, offline and without remote code. The
-model card is written by the `evaluate` script of the model, which measures what it says.
+model card is written by `python -m training.evaluate`, which measures what it says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Many questions behind one image: what makes training and evaluation of the bundled models affordable.
+"""Many questions behind one image: what makes training the bundled models affordable.
 
 A row is `[BOS, USER:, image tokens, question 1, ..., question K]`. A block mask lets every question see the image and
 itself only, and every question starts at the same position, so each gets the logits it would get in a row of its own
@@ -85,25 +85,13 @@ def _mask(prefix: int, slots: int) -> torch.Tensor:
     return (seen & torch.ones_like(seen).tril())[None, None]
 
 
-def hidden(
-    model: LlavaForConditionalGeneration, features: torch.Tensor, packed: Pack, kept: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Final hidden states of the question slots, (B, K * SLOT, D).
-
-    `features` (B, N, D) are projected image tokens. `kept` (B, n), ascending, drops all others before the language
-    model; the rest keep their positions.
-    """
-    total = features.shape[1]
-    positions = torch.arange(total)[None]  # (1, N), or (B, N) if every row keeps other tokens
-    if kept is not None:
-        features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
-        positions = kept
+def hidden(model: LlavaForConditionalGeneration, features: torch.Tensor, packed: Pack) -> torch.Tensor:
+    """Final hidden states of the question slots, (B, K * SLOT, D); `features` (B, N, D) are projected image tokens."""
     language = model.model.language_model
     start = torch.tensor([text.LLAVA.encode(text.BOS) + text.LLAVA.encode(text.USER)]).expand(len(features), -1)
     embed = language.embed_tokens
     prefix = torch.cat([embed(start), features.to(embed.weight.dtype)], 1)  # (B, P, D)
-    before = torch.arange(PREFIX).expand(len(positions), -1)
-    return states(language, prefix, torch.cat([before, positions + PREFIX], 1), packed, PREFIX + total)
+    return states(language, prefix, torch.arange(prefix.shape[1])[None], packed, prefix.shape[1])
 
 
 Rotate = Callable[..., tuple[torch.Tensor, torch.Tensor]]

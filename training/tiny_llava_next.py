@@ -240,26 +240,6 @@ def encode(model: LlavaNextForConditionalGeneration, posters: Sequence[Poster]) 
     return [torch.cat([part.flatten(0, 1), newline])[plan.order] for part, plan in zip(parts, plans, strict=True)]
 
 
-def hidden(
-    model: LlavaNextForConditionalGeneration,
-    features: torch.Tensor,
-    packed: packing.Pack,
-    kept: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Final hidden states (1, K * SLOT, D) of the questions about one poster.
-
-    `features` (N, D) are its visual tokens. Of these only `kept` (n,), ascending, go on, at their old positions.
-    """
-    language = model.model.language_model
-    start = torch.tensor(text.LLAVA.encode(text.BOS) + text.LLAVA.encode(text.USER))
-    total = packing.PREFIX + len(features)
-    positions = torch.arange(total)
-    if kept is not None:
-        features, positions = features[kept], torch.cat([positions[: packing.PREFIX], kept + packing.PREFIX])
-    prefix = torch.cat([language.embed_tokens(start), features.to(language.embed_tokens.weight.dtype)])
-    return packing.states(language, prefix[None], positions[None], packed, total)
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -291,7 +271,7 @@ class Trainer:
             packed = packing.pack([packing.draw(poster, QUESTIONS, rng)], QUESTIONS, types=QUESTION_TYPES)
             with torch.autocast("cpu", torch.bfloat16):
                 (features,) = encode(self.model, [poster])
-                answer, good = packing.answer(self.model, hidden(self.model, features, packed), packed)
+                answer, good = packing.answer(self.model, packing.hidden(self.model, features[None], packed), packed)
             (answer / len(posters)).backward()
             loss += answer.item() / len(posters)
             tokens += len(features)
@@ -306,7 +286,9 @@ class Trainer:
             packed = packing.pack([poster.questions], len(poster.questions), types=QUESTION_TYPES)
             with torch.autocast("cpu", torch.bfloat16):
                 (features,) = encode(self.model, [poster])
-                right.append(packing.answer(self.model, hidden(self.model, features, packed), packed)[1].flatten())
+                right.append(
+                    packing.answer(self.model, packing.hidden(self.model, features[None], packed), packed)[1].flatten()
+                )
             types.append(packed.types.flatten())
         right, types = torch.cat(right), torch.cat(types)
         scores = {name: right[types == i].float().mean().item() for i, name in enumerate(QUESTION_TYPES)}

@@ -229,26 +229,14 @@ def answers(
     tokens: torch.Tensor,
     grid: tuple[int, int, int],
     packed: packing.Pack,
-    kept: torch.Tensor | None = None,
-    line: bool = False,
 ) -> torch.Tensor:
     """Final hidden states of the question slots, (B, K * SLOT, D).
 
-    `tokens` (B, T * rows * columns, D) are what the merger makes; `grid` is (T, rows, columns). `kept` (B, n),
-    ascending, drops all others before the language model; the rest keep their positions. `line` numbers everything in
-    one line instead, without rows and columns.
+    `tokens` (B, T * rows * columns, D) are what the merger makes; `grid` is (T, rows, columns).
     """
     batch = len(tokens)
     place, first = positions(*grid)
-    if line:
-        place, first = torch.arange(place.shape[1]).expand(3, -1), place.shape[1]
     place = place[:, None].expand(-1, batch, -1)  # (3, B, P)
-    if kept is not None:
-        tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
-        stay = torch.cat(
-            [torch.arange(BEFORE).expand(batch, -1), kept + BEFORE, torch.full((batch, 1), place.shape[-1] - 1)], 1
-        )
-        place = place.gather(2, stay.expand(3, -1, -1))
     language = model.model.language_model
     embed = language.embed_tokens
     ids = [*LANGUAGE.encode(text.BOS), *LANGUAGE.encode(text.USER), *LANGUAGE.encode(START)]
