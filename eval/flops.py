@@ -320,5 +320,6 @@ def human(count: float) -> str:
     """A count with its SI letter: `1.23 G`."""
     if not count:
         return "0"
+    count = float(f"{count:.3g}")  # first of all, so that 999.9 k is 1 M
     power = min(5, max(0, int(math.log10(abs(count)) // 3)))
-    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}".rstrip()
+    return f"{count / 1000**power:g} {('', 'k', 'M', 'G', 'T', 'P')[power]}".rstrip()

@@ -174,7 +174,18 @@ def test_mixture_of_experts_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0"), (950, "950"), (1234, "1.23 k"), (8.18e12, "8.18 T"), (2e16, "20 P")]
+    ("count", "text"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (1234, "1.23 k"),
+        (8.18e12, "8.18 T"),
+        (2e16, "20 P"),
+        (999_499, "999 k"),
+        (999_500, "1 M"),
+        (999_999_999, "1 G"),
+        (5e18, "5000 P"),
+    ],
 )
 def test_human(count: float, text: str) -> None:
     assert flops.human(count) == text
