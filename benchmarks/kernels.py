@@ -22,13 +22,12 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 # A script's folder is where Python looks first, and there transformers would take this file for a library it knows.
-if Path(sys.path[0]).resolve() == ROOT / "benchmarks":
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.kernel.log import Log, Result, table, tuning
+from benchmarks.kernel.log import CASE, Log, Result, table, tuning
 
 AGAIN = 75  # exit code of a worker after which another one has to go on
 SILENCE = 180  # seconds without a line in the log after which a worker is taken for dead
@@ -39,7 +38,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="small shapes on the CPU, in Triton's interpreter")
     parser.add_argument("--out", type=Path, default=Path("kernels.md"), help="where the table goes (kernels.md)")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases whose names contain this")
-    parser.add_argument("--minutes", type=float, default=9, help="begin no case after that (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=7, help="begin no case after that (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep what the log beside the table has")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", dest="mode", action="store_const", const="check", help="check our kernels alone")
@@ -61,7 +60,10 @@ def supervise(options: argparse.Namespace) -> int:
         log = Log(path, fresh=False)
         if log.begun is not None:
             reason = "fell silent" if code == -9 else f"exit code {code}"
-            log.add(Result(log.begun, verdicts={"case": "failed"}, notes=[f"the process ended: {reason}"]))
+            result = log.results.get(log.begun) or Result(log.begun)
+            result.verdicts[CASE] = "failed"
+            result.notes.append(f"the process ended: {reason}")
+            log.add(result)
         elif code != AGAIN:
             return code
         print("another process goes on", file=sys.stderr, flush=True)

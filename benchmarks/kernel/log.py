@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 IMPLEMENTATIONS = ("triton", "torch", "compile", "loop")
+CASE = "case"  # in place of an implementation, where the case as a whole is meant
 
 Times = tuple[float | None, float | None]  # microseconds: eager, and replayed from a CUDA graph
 
@@ -52,8 +53,9 @@ class Log:
             elif "conditions" in entry:
                 self.conditions = entry["conditions"]
             else:
-                self.begun = None
-                self.results[entry["name"]] = Result(**entry)
+                result = Result(**entry["result"])
+                self.results[result.name] = result
+                self.begun = result.name if entry["more"] else None
 
     def begin(self, name: str) -> None:
         self._write({"begin": name})
@@ -68,9 +70,10 @@ class Log:
                 f"{self.path} was measured on {self.conditions}; this is {conditions}: choose another --out"
             )
 
-    def add(self, result: Result) -> None:
+    def add(self, result: Result, more: bool = False) -> None:
+        """Keep a result, or with `more` what there is of it before the rest follows."""
         self.results[result.name] = result
-        self._write(asdict(result))
+        self._write({"result": asdict(result), "more": more})
 
     def _write(self, entry: dict[str, Any]) -> None:
         with self.path.open("a") as stream:
@@ -129,7 +132,7 @@ def table(log: Log, left: int) -> str:
 
 
 def row(result: Result, copy: float | None, product: float | None) -> str:
-    cells = [result.name]
+    cells = [result.name + (": failed" if CASE in result.verdicts else "")]
     for name in IMPLEMENTATIONS:
         cells += [result.verdicts.get(name) or _number(result.time(name, False)), _number(result.time(name, True))]
     best = _best(result)

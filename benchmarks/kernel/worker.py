@@ -6,6 +6,7 @@ import datetime
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -13,7 +14,7 @@ import triton
 import vtc
 from benchmarks.kernel import tune
 from benchmarks.kernel.cases import Case, Plan, plans
-from benchmarks.kernel.log import Log, Result
+from benchmarks.kernel.log import CASE, Log, Result
 from benchmarks.kernel.timing import Bench, Call, NotCaptured, first_line
 from vtc.eval.conditions import device_name
 from vtc.zoo import torchvision
@@ -48,7 +49,7 @@ def work(
             if time.time() > until:
                 return len(todo) - number, False
             log.begin(plan.name)
-            log.add(measured(bench, plan, mode))
+            log.add(measured(bench, plan, mode, partial(log.add, more=True)))
             written(left := len(todo) - number - 1)
             if not bench.fit or not bench.alive():
                 return left, left > 0
@@ -57,38 +58,33 @@ def work(
     return 0, False
 
 
-def measured(bench: Bench, plan: Plan, mode: str) -> Result:
-    """Whatever goes wrong is part of the result."""
+def measured(bench: Bench, plan: Plan, mode: str, keep: Callable[[Result], None]) -> Result:
+    """Whatever goes wrong is part of the result. `keep` gets what is sure before `torch.compile` takes its time."""
     result = Result(plan.name)
     try:
         case = plan.make()
     except Exception as error:
-        return fail(result, "case", error)
+        return fail(result, CASE, error)
     result.work = case.work
     if mode == "tune":
         if case.triton is not None:
             tune.tune(bench, case.triton, result)
         return result
-    calls = {"triton": case.triton} if mode == "check" else {"triton": case.triton, "torch": case.torch}
-    repeats = 0 if bench.small else REPEATS
-    right = {
-        name: call
-        for name, call in calls.items()
-        if call is not None and is_right(result, name, call, case, repeats if name == "triton" else 0)
-    }
+    right = {}
+    if case.triton is not None and is_right(result, "triton", case.triton, case, 0 if bench.small else REPEATS):
+        right["triton"] = case.triton
     if mode == "check":
         return result
-    if case.compiled:
-        compiled = bench.compile(case.torch)
-        if is_right(result, "compile", compiled, case):
-            right["compile"] = compiled
+    if is_right(result, "torch", case.torch, case):
+        right["torch"] = case.torch
     if case.loop is not None:
         right["loop"] = case.loop
-    # Everything eager comes first: after a capture that failed there can be no other.
-    for graph in (False, True):
-        for name, call in right.items():
-            if name not in result.verdicts:
-                time_one(bench, result, name, call, graph)
+    time_all(bench, result, right)
+    if case.compiled and "torch" in right:
+        keep(result)
+        compiled = bench.compile(case.torch)
+        if is_right(result, "compile", compiled, case):
+            time_all(bench, result, {"compile": compiled})
     return result
 
 
@@ -117,14 +113,20 @@ def same(a: object, b: object) -> bool:
     return all(map(same, a, b))  # type: ignore[call-overload]
 
 
-def time_one(bench: Bench, result: Result, name: str, call: Call, graph: bool) -> None:
-    eager = result.time(name, graph=False)
-    try:
-        result.times[name] = (eager, bench.replayed(call)) if graph else (bench.eager(call), None)
-    except NotCaptured as error:
-        result.notes.append(f"{name} cannot be captured: {error}")
-    except Exception as error:
-        fail(result, name, error)
+def time_all(bench: Bench, result: Result, calls: dict[str, Call]) -> None:
+    """Everything eager comes first: once a capture has failed there can be no other."""
+    for name, call in calls.items():
+        try:
+            result.times[name] = bench.eager(call), None
+        except Exception as error:
+            fail(result, name, error)
+    for name in [name for name in calls if name in result.times]:
+        try:
+            result.times[name] = result.times[name][0], bench.replayed(calls[name])
+        except NotCaptured as error:
+            result.notes.append(f"{name} cannot be captured: {error}")
+        except Exception as error:
+            fail(result, name, error)
 
 
 def fail(result: Result, name: str, error: Exception) -> Result:
