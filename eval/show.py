@@ -94,7 +94,14 @@ def show(
 
 
 def ask(processor: Any, question: str, visual: Image.Image | Clip) -> dict[str, Any]:
-    """Model inputs for one question about a picture or a clip."""
+    """Model inputs for one question about a picture or a clip.
+
+    Raises:
+        VtcError: the question holds the processor's placeholder of a picture or clip.
+    """
+    for mark in (getattr(processor, name, None) for name in ("image_token", "video_token")):
+        if mark and mark in question:  # in transformers 5.17 the processor stops without a word
+            raise VtcError(f"'{mark}' in the question stands for one more picture or clip: leave it out")
     if not isinstance(visual, Clip):
         return accuracy.process(processor, [question], [[visual]])
     text = accuracy.prompt(processor, question, ["video"])

@@ -94,7 +94,7 @@ def test_one_strategy_or_the_same_one_twice(explorer: explore.Explorer, scene: I
     [
         (" \n", ["uniform"], "there is no question"),
         ("why? " * 101, ["uniform"], "504 characters"),
-        ("<image> and <image>?", ["uniform"], "refuses this: The total number of <image> tokens"),
+        ("<image> and <image>?", ["uniform"], "'<image>' in the question stands for one more picture"),
         (QUESTION, [], "not none"),
         (QUESTION, ["uniform", "pool", "random"], "not 3"),
         (QUESTION, ["unifrom"], "did you mean 'uniform'?"),
