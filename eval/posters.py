@@ -46,7 +46,7 @@ GAP = 3  # pixels between things
 PHOTO_SHARE = 0.2  # of the backgrounds
 TEXTURE_SIDE = 330  # pixels: larger than any poster
 EVAL_POSTERS = 500  # posters behind `questions(split)`
-QUESTIONS_PER_POSTER = 5
+QUESTIONS_PER_SCENE = 5
 
 
 @dataclass(frozen=True)
@@ -221,4 +221,4 @@ def questions(split: str = "test", limit: int | None = None) -> Iterator[Item]:
     # The seeds of training start at 0 and end far below a billion.
     seeds = range(1_000_000_000, 1_000_000_000 + EVAL_POSTERS)
     posters = ((index, Posters(split)[seed]) for index, seed in enumerate(seeds))
-    return balanced(((index, poster, (poster.pil,)) for index, poster in posters), QUESTIONS_PER_POSTER, limit)
+    return balanced(((index, poster, (poster.pil,)) for index, poster in posters), QUESTIONS_PER_SCENE, limit)
