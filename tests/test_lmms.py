@@ -472,6 +472,7 @@ BAD_INPUT = {
     "more than there is": ((*BASE, "--spec", "uniform:keep=999"), "use at most 256"),
     "need the tower cannot meet": ((*BASE, "--model", "{root}/siglip", "--spec", "fastervlm"), "received"),
     "unknown device": ((*BASE, "--device", "abacus"), "use one of: cpu"),
+    "clips for a model of pictures": (("--tasks", "clips", *BASE[2:], "--limit", "2"), "takes pictures only"),
     "a file for a folder": ((*BASE, "--out", "{root}/notes.txt"), "give a folder"),
     "no such tasks": ((*BASE, "--include-path", "{root}/nothing"), "there is no such folder"),
     "answers of nobody": ((*BASE, "--out", "{root}/stray"), "no run.json"),
@@ -505,7 +506,8 @@ def test_bad_input_is_one_line(name: str, root: Path, capsys: pytest.CaptureFixt
 @pytest.mark.skipif(HAS_LMMS, reason="lmms-eval is installed")
 def test_without_lmms_eval_the_extra_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = command(capsys, "--tasks", "mme", "--out", tmp_path / "new")
-    assert code == 2 and 'pip install "vtc[lmms]"' in err and not (tmp_path / "new").exists()
+    assert code == 2 and 'pip install "/path/to/vtc[lmms]"' in err and not (tmp_path / "new").exists()
+    assert "'mme' is not bundled (scenes, posters, clips, sizes)" in err
 
 
 def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:

@@ -219,6 +219,11 @@ class Answerer:
         prompt = question.load()
         return Loaded(question, prompt, [clips.read(video, self.frames, self.reader) for video in prompt.videos])
 
+    @property
+    def takes_clips(self) -> bool:
+        """Whether the processor reads clips; one that does not would leave them out without a word."""
+        return getattr(self.processor, "video_processor", None) is not None
+
     def inputs(self, batch: Sequence[Loaded]) -> dict[str, torch.Tensor]:
         """Model inputs for prompts of one shape, padded on the left."""
         texts = [render(self.processor, one.prompt.messages) for one in batch]
@@ -227,6 +232,8 @@ class Answerer:
         if images:  # a list per prompt: some families treat several images of one prompt otherwise than single ones
             media["images"] = [one.prompt.images for one in batch]
         if frames:
+            if not self.takes_clips:
+                raise VtcError("the question is about a clip, and the model takes pictures only")
             read = [clip for one in batch for clip in one.videos]
             media["videos"] = [clip.frames for clip in read]
             media["do_sample_frames"] = False

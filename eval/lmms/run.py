@@ -24,6 +24,7 @@ from typing import Any
 from vtc import zoo
 from vtc.errors import VtcError, did_you_mean
 from vtc.eval import tasks
+from vtc.eval.items import Item
 from vtc.eval.lmms.record import Failed, Failure, Record, Row, begin, identity, key_of, read_answers
 from vtc.zoo import torchvision
 
@@ -116,13 +117,17 @@ def run(settings: Settings) -> dict[str, Any] | None:
     manager = task_manager(settings) if settings.others else None
     team = assemble()
     answerer = make_answerer(options_of(settings, team), settings.spec, frames=settings.frames, reader=settings.reader)
+    bundled = {task: list(tasks.questions(task, "test", settings.limit)) for task in settings.bundled}
+    for task, items in bundled.items():
+        if any(item.clips for item in items) and not answerer.takes_clips:
+            raise VtcError(f"'{task}' is about clips, and '{settings.model}' takes pictures only: choose other --tasks")
     if team.rank == 0:
         open_folder(settings, [str(one) for one in compressors])
     team.wait()
     outcome = Outcome()
     try:
-        for task in settings.bundled:
-            ask_bundled(task, settings, answerer, team, outcome)
+        for task, items in bundled.items():
+            ask_bundled(task, items, settings, answerer, team, outcome)
         if settings.others:
             ask_lmms(settings, answerer, manager, outcome)
     except Failed as error:
@@ -137,7 +142,15 @@ def run(settings: Settings) -> dict[str, Any] | None:
 
 def task_manager(settings: Settings) -> Any:
     """lmms-eval's index of tasks; refuses names that are not in it."""
-    import lmms_eval  # noqa: F401  # says which package is missing, if it is
+    try:
+        import lmms_eval  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "lmms_eval":
+            raise
+        raise VtcError(
+            f"'{settings.others[0]}' is not bundled ({', '.join(BUNDLED)}){did_you_mean(settings.others[0], BUNDLED)}; "
+            'all other tasks come from lmms-eval, which is not installed: pip install "/path/to/vtc[lmms]"'
+        ) from None
     from loguru import logger
 
     logger.disable("lmms_eval")  # its progress; errors are raised
@@ -208,15 +221,15 @@ def open_folder(settings: Settings, compressors: Sequence[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------- answers
 
 
-def ask_bundled(task: str, settings: Settings, answerer: Any, team: Team, outcome: Outcome) -> None:
+def ask_bundled(
+    task: str, items: Sequence[Item], settings: Settings, answerer: Any, team: Team, outcome: Outcome
+) -> None:
     """The bundled questions, without lmms-eval."""
     from tqdm import tqdm
 
     from vtc.eval import accuracy
     from vtc.eval.lmms.answering import Prompt, Question
     from vtc.eval.lmms.export import GENERATION
-
-    items = list(tasks.questions(task, "test", settings.limit))
 
     def question(number: int) -> Question:
         item = items[number]
