@@ -281,6 +281,15 @@ FASTV_TABLES = [
     ("30.8", "llava-onevision-7b", 4856, None, 100),
     ("17.9", "llava-onevision-7b", 2960, None, 100),
 ]
+# What else DyCoke prints is missed by that many per cent.
+NEARLY = [
+    (24.1, "llava-onevision-7b", 3920, 1),
+    (436.1, "llava-onevision-72b", 6272, 1),
+    (262.5, "llava-onevision-72b", 3920, 1),
+    (195.1, "llava-onevision-72b", 2960, 1),
+    (3.4, "llava-onevision-0.5b", 6272, 6),
+    (1.2, "llava-onevision-0.5b", 2960, 6),
+]
 # The same, of which the papers print multiply-adds, or FLOPs.
 OTHER_TABLES = [
     ("3.82", "three_matrix", "macs", "llava-1.5-7b", 576, 0),
@@ -320,6 +329,12 @@ def rounded(count: int, printed: str) -> str:
 def test_tables_of_holitom_and_dycoke(printed: str, config: str, tokens: int, schedule: str | None, steps: int) -> None:
     cost = estimate(config, tokens, schedule=schedule, convention="fastv", decode_steps=steps)
     assert rounded(cost.prefill.macs + sum(step.macs for step in cost.decode), printed) == printed
+
+
+@pytest.mark.parametrize(("printed", "config", "tokens", "miss"), NEARLY)
+def test_tables_of_dycoke_that_are_nearly_met(printed: float, config: str, tokens: int, miss: int) -> None:
+    cost = estimate(config, tokens, convention="fastv", decode_steps=100)
+    assert 1e12 * printed == pytest.approx(cost.prefill.macs + sum(step.macs for step in cost.decode), rel=miss / 100)
 
 
 @pytest.mark.parametrize(("printed", "convention", "unit", "config", "tokens", "text"), OTHER_TABLES)
