@@ -16,7 +16,7 @@ from vtc import adapters, picture
 from vtc.compressor import Compressor, Scorer
 from vtc.errors import VtcError
 from vtc.eval import accuracy
-from vtc.eval.bench import Options, budgets, load_model
+from vtc.eval.bench import Options, budgets, check_folder, load_model
 from vtc.eval.lmms.clips import Clip
 from vtc.eval.pictures import open_visual
 from vtc.report import Report
@@ -24,7 +24,7 @@ from vtc.selection import Selection
 from vtc.visual import Visual
 
 FRAMES = 8  # of a video
-ACROSS = 6  # panels in a row, at most
+ACROSS, WIDEST = 6, 3200  # a row: panels and pixels, at most
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Panel:
     @property
     def caption(self) -> str:
         heat = "lighter: higher score" if self.scores else None
-        return "\n".join(filter(None, (self.report.caption(0, self.stage), heat, self.answer)))
+        answer = None if self.answer is None else f"answer: {self.answer}"
+        return "\n".join(filter(None, (self.report.caption(0, self.stage), heat, answer)))
 
 
 def show(
@@ -66,6 +67,7 @@ def show(
         raise VtcError(f"--max-new-tokens is {max_new_tokens}; use at least 1")
     if out.suffix.lower() not in Image.registered_extensions():
         raise VtcError(f"--out {out} does not end like a picture; use for example {out.with_suffix('.png')}")
+    check_folder(out.parent, overwrite=True)
     model, processor = load_model(options)
     for compressors in plan.values():
         vtc.compress(model, compressors).remove()  # refuses what this model cannot do, before anything is generated
@@ -153,14 +155,20 @@ def panels_of(report: Report, seen: dict[str, list[Tensor | None]], answer: str)
 def save(visual: Image.Image | Clip, question: str, panels: Sequence[Panel], fit: picture.Fit, out: Path) -> None:
     """Draw `visual` as it is above `question`, and beside it what survived."""
     captions = [question, *(panel.caption for panel in panels)]
-    columns = math.ceil(len(captions) / math.ceil(len(captions) / ACROSS))
     layout = panels[0].report.layouts[0]
     images: Any = visual.frames if isinstance(visual, Clip) else visual
     if isinstance(visual, Clip) and out.suffix.lower() == ".gif":
         views = [panel.report.views(images, 0, fit, panel.stage, panel.scores) for panel in panels]
         moments = zip(picture.views(images, layout, None), *views, strict=True)
+        columns = in_a_row(len(captions), views[0][0].width)
         picture.save_gif([picture.side_by_side(moment, captions, columns) for moment in moments], out)
         return
     before = picture.draw(images, layout, None) if isinstance(visual, Clip) else picture.enlarge(visual)
     after = [panel.report.show(images, 0, fit, panel.stage, panel.scores, caption="") for panel in panels]
-    picture.side_by_side([before, *after], captions, columns).save(out)
+    picture.side_by_side([before, *after], captions, in_a_row(len(captions), after[0].width)).save(out)
+
+
+def in_a_row(panels: int, width: int) -> int:
+    """How many of the panels, each `width` pixels wide, go into a row, for rows that are about equally full."""
+    across = max(1, min(ACROSS, WIDEST // width))
+    return math.ceil(panels / math.ceil(panels / across))

@@ -100,7 +100,8 @@ BAD_INPUT = {
     "a file for a folder": ((*BENCH, "--out", "{root}/notes.txt"), "give a folder"),
     "a folder in a file": ((*BENCH, "--out", "{root}/notes.txt/results"), "give a folder"),
     "no folder": (("bench", "--spec", "uniform"), "--out"),
-    "unknown option": (("bench", "--out", "x", "--fast"), "--fast"),
+    "unknown option": (("bench", "--out", "x", "--fast"), "--fast (see 'vtc bench --help')"),
+    "unknown option of no command": (("--fast",), "--fast (see 'vtc --help')"),
     "unknown command": (("bensh",), "'bench'"),
     # what to count
     "unknown config": (("flops", "--config", "lava-1.5-7b", "--tokens", "576"), "did you mean 'llava-1.5-7b'?"),
@@ -125,6 +126,7 @@ BAD_INPUT = {
     "show without a spec": (SHOW, "--spec"),
     "show without words": ((*SHOW, "--spec", "pool", "--max-new-tokens", "0"), "use at least 1"),
     "write no picture": ((*SHOW, "--spec", "pool", "--out", "{root}/kept.doc"), "kept.png"),
+    "write into a file": ((*SHOW, "--spec", "pool", "--out", "{root}/notes.txt/kept.png"), "give a folder"),
 }
 
 
@@ -167,8 +169,21 @@ def test_missing_package_names_the_extra(package: str, command: tuple[str, ...],
     found = python("-c", code, *(argument.format(root=root) for argument in command))
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith("vtc: error: ") and found.stderr.count("\n") == 1, found.stderr
-    assert package in found.stderr and f'pip install "vtc[{extra}]"' in found.stderr
+    assert package in found.stderr and f'pip install "/path/to/vtc[{extra}]"' in found.stderr
     assert not (root / "new").exists()
+
+
+@pytest.mark.parametrize(("command", "hint"), [(BENCH, "--resume"), ((*SHOW, "--spec", "pool"), "interrupted\n")])
+def test_an_interruption_says_how_to_go_on(
+    command: tuple[str, ...], hint: str, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any, **others: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", interrupt)
+    monkeypatch.setattr(show, "show", interrupt)
+    code, _, err = run(capsys, *(argument.format(root=root) for argument in command))
+    assert code == 130 and hint in err and err.count("\n") == 1, err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,9 +327,10 @@ def test_show_has_a_panel_for_each_stage(root: Path, tmp_path: Path, monkeypatch
     both, single = list(answers)[1:]
     assert whole == ["What is red?", f"all tokens: {answers['all tokens']}"]
     assert first == [both.partition("+")[0], f"8 of {TOKENS} tokens at the input"]
-    assert second[0] == both and second[2] == answers[both]
+    assert second[0] == both and second[2] == f"answer: {answers[both]}"
     assert second[1].startswith(f"4 of {TOKENS} tokens from decoder layer 1 on, 0.") and "x prefill FLOPs" in second[1]
-    assert pool[0] == single and pool[1].startswith(f"4 of {TOKENS} tokens, 0.") and pool[2] == answers[single]
+    assert pool[0] == single and pool[1].startswith(f"4 of {TOKENS} tokens, 0.")
+    assert pool[2] == f"answer: {answers[single]}"
 
 
 def test_show_gives_scores_of_what_arrived(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +364,12 @@ def test_panels_of_many_strategies_are_in_rows(root: Path, tmp_path: Path) -> No
     show.show(root / "scene.png", "What is red?", specs, options, tmp_path / "kept.png", max_new_tokens=1)
     with Image.open(tmp_path / "kept.png") as sheet:
         assert 1.2 < sheet.width / sheet.height < 2, "eight panels, four in a row"
+
+
+@pytest.mark.parametrize(("panels", "width", "across"), [(8, 520, 4), (3, 1050, 3), (4, 2100, 1), (2, 4000, 1)])
+def test_wide_panels_stand_below_each_other(panels: int, width: int, across: int) -> None:
+    """A sheet of thirty frames beside another cannot be read on any screen."""
+    assert show.in_a_row(panels, width) == across
 
 
 class Clips:

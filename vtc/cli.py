@@ -164,7 +164,9 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command is None:
         parser.print_help()
         return 0
@@ -176,12 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
             raise
-        return fail(f'this command needs {package}, which is not installed: pip install "vtc[{options.extra}]"')
+        return fail(
+            f'this command needs {package}, which is not installed: pip install "/path/to/vtc[{options.extra}]"'
+        )
     except BrokenPipeError:  # `vtc list | head`
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
-        return fail("interrupted", code=130)
+        return fail(options.interrupted, code=130)
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -198,7 +202,7 @@ def make_parser() -> Parser:
         epilog="`vtc COMMAND --help` explains a command. To begin with: vtc bench --limit 100 --out first-look",
     )
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")
-    parser.set_defaults(command=None)
+    parser.set_defaults(command=None, parser=parser, interrupted="interrupted")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     _add_list(commands)
     _add_bench(commands)
@@ -212,9 +216,11 @@ def make_parser() -> Parser:
 
 def _command(commands: Any, name: str, summary: str, description: str, example: str = "") -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
-    return commands.add_parser(
+    parser = commands.add_parser(
         name, help=summary, description=description.strip(), epilog=example.strip(), formatter_class=plain
     )
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 # --------------------------------------------------------------------------------------------------------- vtc list
@@ -310,7 +316,8 @@ def _add_bench(commands: Any) -> None:
     made_up.add_argument("--text", type=int, metavar="N", help="tokens that show nothing (default: 64)")
     made_up.add_argument("--frames", type=int, metavar="N", help="show a clip of N frames (default: a picture)")
     made_up.add_argument("--size", metavar="WxH", help="pixels of the picture or of each frame (default: 640x480)")
-    parser.set_defaults(command=run_bench, extra="eval")
+    goes_on = "interrupted; what was measured is kept: go on with --resume"
+    parser.set_defaults(command=run_bench, extra="eval", interrupted=goes_on)
 
 
 def _add_model(parser: argparse.ArgumentParser, random: bool = False) -> None:
@@ -442,7 +449,8 @@ def _add_eval(commands: Any) -> None:
         metavar="DIR",
         help="only write bundled tasks (those of --tasks, or all) to DIR, as lmms-eval's vtc_scenes and so on",
     )
-    parser.set_defaults(command=run_eval, extra="lmms")
+    goes_on = "interrupted; what was answered is kept: the same command goes on"
+    parser.set_defaults(command=run_eval, extra="lmms", interrupted=goes_on)
 
 
 def run_eval(options: argparse.Namespace) -> int:

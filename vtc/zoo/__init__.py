@@ -67,7 +67,7 @@ def load(
     if find_spec("torchvision") is None and _takes_clips(folder):
         raise VtcError(
             f"'{name}' takes clips, and transformers' processors of clips need torchvision: install the build that "
-            "fits your torch, or vtc[video]"
+            'fits your torch, or this package with its extra: pip install "/path/to/vtc[video]"'
         )
     torchvision.mend()  # before transformers looks for it
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
