@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from vtc.eval import content
-from vtc.eval.content import COLOURS, DIGITS, SHAPES, WORDS
+from vtc.eval.content import COLOURS, DIGITS, SHAPES, WORDS, Box, apart, check_split
 from vtc.eval.items import Item, Medium, Question, balanced
 
 MOVING_TYPES = ("scenes", "inside", "order", "after", "turn", "move")  # need frames
@@ -43,8 +43,7 @@ PATCH = 8
 SCENES = (1, 4)  # in a clip
 SHORTEST = 4  # frames of a scene
 FRAMES = (16, 32)
-SHAPE_SIZES = range(15, 22)  # pixels
-DIGIT_SIZES = range(17, 23)
+SIZES: dict[str, Any] = {"shape_sizes": range(15, 22), "digit_sizes": range(17, 23), "word_sizes": 4}  # of `opacity`
 SPEEDS = (3, 4, 5, 6, 7, 8)  # pixels per frame
 DISTANCE = (24, 40)  # pixels a moving thing goes
 PHOTO_SHARE = 0.2  # of the backgrounds
@@ -192,26 +191,16 @@ class _Maker:
             0.8, 1.15
         ) + rng.uniform(-15, 15)
 
-    def opacity(self, kind: str, name: str) -> np.ndarray:
-        rng = self.rng
-        if kind == "shape":
-            return content.shape_mask(name, rng.choice(SHAPE_SIZES))
-        if kind == "word":
-            return content.word_mask(WORDS.index(name), rng.randrange(content.TYPEFACES), rng.randrange(4))
-        size = rng.choice(DIGIT_SIZES)
-        digit = Image.fromarray(rng.choice(content.digits(self.split)[int(name)]))
-        return np.clip(np.asarray(digit.resize((size, size), Image.Resampling.BICUBIC)) * 1.25 - 0.1, 0, 1)
-
     def scene(self, number: int, first: int, last: int, kinds: list[str]) -> list[Actor]:
         """Things for the frames first ... last - 1, none of which ever touches another."""
         rng = self.rng
         actors: list[Actor] = []
-        boxes: list[tuple[int, int, int, int]] = []
+        boxes: list[Box] = []
         times = list(range(first + 2, last - 1, 2))
         rng.shuffle(times)
         for kind in kinds:
             name, colour = self.names[kind].draw(), self.tints[kind].draw()
-            opacity = self.opacity(kind, name)
+            opacity = content.opacity(rng, self.split, kind, name, **SIZES)
             height, width = opacity.shape
             fate = self.fate(kind, first, last, times)
             far = (fate.get("speed", 0)) * (fate["moving"][1] - fate["moving"][0]) if "moving" in fate else 0
@@ -225,7 +214,7 @@ class _Maker:
                     break
                 left, top = rng.randint(0, self.width - box_width), rng.randint(0, self.height - box_height)
                 box = (left, top, left + box_width, top + box_height)
-                if all(_apart(box, other, gap=2) for other in boxes):
+                if all(apart(box, other, gap=2) for other in boxes):
                     place = (left + far * (x < 0), top + far * (y < 0))
                     boxes.append(box)
                     actors.append(Actor(kind, name, colour, opacity, place, number, **fate))
@@ -257,15 +246,6 @@ class _Maker:
         return fate | ({"start": time} if role == "appear" else {"end": time})
 
 
-def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int], gap: int) -> bool:
-    return a[2] + gap <= b[0] or b[2] + gap <= a[0] or a[3] + gap <= b[1] or b[3] + gap <= a[1]
-
-
-def _check(split: str) -> None:
-    if split not in content.SPLITS:
-        raise ValueError(f"unknown split {split!r}; one of {', '.join(content.SPLITS)}")
-
-
 @dataclass(frozen=True)
 class Clips:
     """The clips of one split: `Clips("test")[7]` is always the same one. Training starts with shorter ones."""
@@ -275,7 +255,7 @@ class Clips:
     scenes: tuple[int, int] = SCENES
 
     def __post_init__(self) -> None:
-        _check(self.split)
+        check_split(self.split)
 
     def __getitem__(self, seed: int) -> Clip:
         return self.make(seed, None)
@@ -307,7 +287,7 @@ class Pictures:
     split: str
 
     def __post_init__(self) -> None:
-        _check(self.split)
+        check_split(self.split)
 
     def __getitem__(self, seed: int) -> Clip:
         return self.make(seed, None)
@@ -341,7 +321,7 @@ class Pairs:
     split: str
 
     def __post_init__(self) -> None:
-        _check(self.split)
+        check_split(self.split)
 
     def __getitem__(self, seed: int) -> Pair:
         rng = random.Random(f"pairs-{self.split}-{seed}")

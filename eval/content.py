@@ -13,6 +13,7 @@ import functools
 import io
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ SHAPES = tuple(PLURALS)
 DIGITS = tuple("0123456789")
 WORDS = ("cat", "dog", "sun", "car", "tea", "map", "box", "key", "hat", "cup", "bus", "egg", "fox", "jam", "owl", "pen")
 SPLITS = ("train", "val", "test")
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
 
 SHAPE_SIZES = range(15, 30)  # pixels
 DIGIT_SIZES = range(17, 30)
@@ -158,13 +161,30 @@ def shape_mask(name: str, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
 
 
-def opacity(rng: random.Random, split: str, kind: str, name: str) -> np.ndarray:
-    """The form of a thing, (h, w) float32 in [0, 1], of a random size and, if it is written, in a random hand."""
+def check_split(split: str) -> None:
+    """Refuse what is no split."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
+
+
+def opacity(
+    rng: random.Random,
+    split: str,
+    kind: str,
+    name: str,
+    shape_sizes: Sequence[int] = SHAPE_SIZES,
+    digit_sizes: Sequence[int] = DIGIT_SIZES,
+    word_sizes: int = len(WORD_SIZES),
+) -> np.ndarray:
+    """The form of a thing, (h, w) float32 in [0, 1], of a random size and, if it is written, in a random hand.
+
+    `shape_sizes` and `digit_sizes` are pixels to draw from; of the sizes of words the smallest `word_sizes` are used.
+    """
     if kind == "shape":
-        return shape_mask(name, rng.choice(SHAPE_SIZES))
+        return shape_mask(name, rng.choice(shape_sizes))
     if kind == "word":
-        return word_mask(WORDS.index(name), rng.randrange(TYPEFACES), rng.randrange(len(WORD_SIZES)))
-    size = rng.choice(DIGIT_SIZES)
+        return word_mask(WORDS.index(name), rng.randrange(TYPEFACES), rng.randrange(word_sizes))
+    size = rng.choice(digit_sizes)
     digit = Image.fromarray(rng.choice(digits(split)[int(name)])).resize((size, size), Image.Resampling.BICUBIC)
     return np.clip(np.asarray(digit) * 1.25 - 0.1, 0, 1)
 
@@ -176,3 +196,8 @@ def cut(rng: random.Random, source: np.ndarray, height: int, width: int) -> np.n
     if rng.random() < 0.5:
         part = part[:, ::-1]
     return part[::-1] if rng.random() < 0.5 else part
+
+
+def apart(a: Box, b: Box, gap: int) -> bool:
+    """Whether there are at least `gap` pixels between two boxes."""
+    return a[2] + gap <= b[0] or b[2] + gap <= a[0] or a[3] + gap <= b[1] or b[3] + gap <= a[1]

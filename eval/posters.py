@@ -12,37 +12,22 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vtc.eval.content import (
-    COLOURS,
-    DIGITS,
-    SHAPES,
-    SPLITS,
-    TEXTURES,
-    TYPEFACES,
-    WORDS,
-    cut,
-    digits,
-    photos,
-    shape_mask,
-    texture,
-    word_mask,
-)
+from vtc.eval.content import DIGITS, SHAPES, TEXTURES, WORDS, check_split, cut, opacity, photos, texture
 from vtc.eval.items import Item, Question, balanced
-from vtc.eval.scenes import SIDES, Thing
+from vtc.eval.scenes import Thing, ask_existence, ask_relations, place
 
 QUESTION_TYPES = ("digit", "word", "shape", "colour", "where", "exist", "relation")
 TILE = 96  # pixels
 FORMS = ((2, 2), (2, 2), (1, 3), (3, 1))  # tiles in height and width; square posters are as frequent as long ones
-SHAPE_SIZES = range(18, 33)  # pixels
-DIGIT_SIZES = range(14, 21)
-WORD_SIZES = range(0, 4)  # indices into content.WORD_SIZES: 13 to 16 pixels
-GAP = 3  # pixels between things
+SIZES: dict[str, Any] = {"shape_sizes": range(18, 33), "digit_sizes": range(14, 21), "word_sizes": 4}  # of `opacity`
 PHOTO_SHARE = 0.2  # of the backgrounds
 TEXTURE_SIDE = 330  # pixels: larger than any poster
 EVAL_POSTERS = 500  # posters behind `questions(split)`
@@ -75,15 +60,15 @@ class Posters:
     forms: tuple[tuple[int, int], ...] = FORMS
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"unknown split {self.split!r}; one of {', '.join(SPLITS)}")
+        check_split(self.split)
 
     def __getitem__(self, seed: int) -> Poster:
         rng = random.Random(f"poster-{self.split}-{seed}")
         height, width = self._size(rng)
         image = self._background(rng, height, width)
-        things, owner = self._place(rng, image)
-        return Poster(np.clip(image, 0, 255).astype(np.uint8), things, owner, tuple(_ask(rng, things, height, width)))
+        things, owner = place(rng, image, self._plan(rng), partial(opacity, rng, self.split, **SIZES))
+        asked = tuple(_ask(rng, things, height, width))
+        return Poster(np.clip(image, 0, 255).astype(np.uint8), tuple(things), owner, asked)
 
     def _size(self, rng: random.Random) -> tuple[int, int]:
         """Height and width: half of the posters lack up to a third of one side, half are a tenth too large or small."""
@@ -109,49 +94,17 @@ class Posters:
             source = texture(self.split, rng.randrange(TEXTURES[self.split]), TEXTURE_SIDE)
         return cut(rng, source, height, width).astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
 
-    def _opacity(self, rng: random.Random, kind: str, name: str) -> np.ndarray:
-        """The form of one thing, (h, w) float32 in [0, 1]."""
-        if kind == "shape":
-            return shape_mask(name, rng.choice(SHAPE_SIZES))
-        if kind == "word":
-            return word_mask(WORDS.index(name), rng.randrange(TYPEFACES), rng.choice(WORD_SIZES))
-        size = rng.choice(DIGIT_SIZES)
-        digit = Image.fromarray(rng.choice(digits(self.split)[int(name)]))
-        return np.clip(np.asarray(digit.resize((size, size), Image.Resampling.BICUBIC)) * 1.25 - 0.1, 0, 1)
-
-    def _place(self, rng: random.Random, image: np.ndarray) -> tuple[tuple[Thing, ...], np.ndarray]:
-        """Paint things onto `image` (in place); a thing that finds no free place in 60 tries is left out."""
+    def _plan(self, rng: random.Random) -> list[tuple[str, str]]:
+        """What goes onto the poster, as (kind, name)."""
         plan = [("word", rng.choice(WORDS)) for _ in range(rng.choice([1, 1, 2]))]  # the widest find room first
         plan += [("shape", rng.choice(SHAPES)) for _ in range(rng.choice([2, 3, 3, 4]))]
-        plan += [("digit", rng.choice(DIGITS)) for _ in range(rng.choice([1, 1, 2]))]
-        height, width, _ = image.shape
-        things: list[Thing] = []
-        owner = np.zeros((height, width), np.int16)
-        for kind, name in plan:
-            opacity = self._opacity(rng, kind, name)
-            tall, wide = opacity.shape
-            for _ in range(60):
-                left, top = rng.randint(0, width - wide), rng.randint(0, height - tall)
-                box = (left, top, left + wide, top + tall)
-                if all(_apart(box, other.box) for other in things):
-                    break
-            else:
-                continue
-            colour = rng.choice(list(COLOURS))
-            tint = np.clip(np.array(COLOURS[colour]) + [rng.uniform(-16, 16) for _ in range(3)], 0, 255)
-            rows, columns = slice(top, top + tall), slice(left, left + wide)
-            under = image[rows, columns] * (0.35 if kind == "word" else 1.0)  # words stand on a darkened plate
-            image[rows, columns] = under + opacity[..., None] * (tint.astype(np.float32) - under)
-            things.append(Thing(kind, name, colour, box))
-            owner[rows, columns][(opacity > 0.4) | (kind == "word")] = len(things)
-        return tuple(things), owner
+        return plan + [("digit", rng.choice(DIGITS)) for _ in range(rng.choice([1, 1, 2]))]
 
 
-def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
-    return a[2] + GAP <= b[0] or b[2] + GAP <= a[0] or a[3] + GAP <= b[1] or b[3] + GAP <= a[1]
+# ----------------------------------------------------------------------------------------------------------- questions
 
 
-def _ask(rng: random.Random, things: tuple[Thing, ...], height: int, width: int) -> Iterator[Question]:
+def _ask(rng: random.Random, things: Sequence[Thing], height: int, width: int) -> Iterator[Question]:
     """All questions about a poster that have exactly one right answer."""
     for kind in ("digit", "word", "shape"):
         group = [thing for thing in things if thing.kind == kind]
@@ -173,8 +126,8 @@ def _ask(rng: random.Random, things: tuple[Thing, ...], height: int, width: int)
     shapes = [thing for thing in things if thing.kind == "shape"]
     if shapes:
         for wanted in (True, False):
-            yield _ask_existence(rng, shapes, things, wanted)
-    relations = list(_ask_relations(shapes, height, width))
+            yield ask_existence(rng, shapes, things, wanted)
+    relations = list(ask_relations(shapes, height, width))
     yield from rng.sample(relations, min(3, len(relations)))
 
 
@@ -182,35 +135,7 @@ def _noun(thing: Thing) -> str:
     return thing.name if thing.kind == "shape" else thing.kind
 
 
-def _ask_existence(rng: random.Random, shapes: list[Thing], things: tuple[Thing, ...], wanted: bool) -> Question:
-    """Most of the colours asked for in vain are on the poster, but on something else."""
-    shape = rng.choice(shapes)
-    colour = shape.colour
-    if not wanted:
-        present = {thing.colour for thing in shapes if thing.name == shape.name}
-        absent = [c for c in COLOURS if c not in present]
-        elsewhere = [thing.colour for thing in things if thing.colour in absent]
-        colour = rng.choice(elsewhere if elsewhere and rng.random() < 0.7 else absent)
-    article = "an" if colour[0] in "aeiou" else "a"
-    return Question("exist", f"Is there {article} {colour} {shape.name}?", "yes" if wanted else "no")
-
-
-def _ask_relations(shapes: list[Thing], height: int, width: int) -> Iterator[Question]:
-    """Questions for the one kind of shape on one side of another, clearly on that side (8 % of the poster)."""
-    names = Counter(shape.name for shape in shapes)
-    for shape in shapes:
-        if names[shape.name] > 1:
-            continue
-        for side in SIDES:
-            axis, sign = (0 if side in SIDES[:2] else 1), (-1 if side in ("left of", "above") else 1)
-            beyond = {
-                other: distance
-                for other in shapes
-                if (distance := sign * (other.centre[axis] - shape.centre[axis])) > 0 and other is not shape
-            }
-            least = 0.08 * (width if axis == 0 else height)
-            if len({other.name for other in beyond}) == 1 and min(beyond.values()) > least:
-                yield Question("relation", f"Which shape is {side} the {shape.name}?", next(iter(beyond)).name)
+# ----------------------------------------------------------------------------------------------------- evaluation sets
 
 
 def questions(split: str = "test", limit: int | None = None) -> Iterator[Item]:

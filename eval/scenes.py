@@ -12,18 +12,34 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
-from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, SPLITS, TEXTURES, WORDS, cut, opacity, photos, texture
+from vtc.eval.content import (
+    COLOURS,
+    DIGITS,
+    PLURALS,
+    SHAPES,
+    TEXTURES,
+    WORDS,
+    Box,
+    apart,
+    check_split,
+    cut,
+    opacity,
+    photos,
+    texture,
+)
 from vtc.eval.items import Item, Question, balanced
 
 SIDES = ("left of", "right of", "above", "below")
 QUESTION_TYPES = ("digit", "colour", "shape", "where", "word", "count", "exist", "relation")
 MAX_COUNT = 4
+GAP = 3  # pixels between things
 PHOTO_SHARE = 0.2  # of the backgrounds
 EVAL_SCENES = 500  # scenes behind `questions(split)`
 QUESTIONS_PER_SCENE = 5
@@ -31,12 +47,12 @@ QUESTIONS_PER_SCENE = 5
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene; `box` is (left, top, right, bottom) in pixels, right and bottom exclusive."""
+    """One object of a scene."""
 
     kind: str  # "shape", "digit" or "word"
     name: str  # "square", "7", "cat"
     colour: str
-    box: tuple[int, int, int, int]
+    box: Box
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -76,14 +92,13 @@ class Scenes:
     things: tuple[int, int] = (3, 6)
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"unknown split {self.split!r}; one of {', '.join(SPLITS)}")
+        check_split(self.split)
 
     def __getitem__(self, seed: int) -> Scene:
         rng = random.Random(f"{self.split}-{seed}")
         plan, asked = self._plan(rng)
         image = self._background(rng)
-        things, coverage = self._place(rng, plan, image)
+        things, coverage = place(rng, image, plan, partial(opacity, rng, self.split))
         owner = self._owner(things, coverage)
         image = np.clip(image, 0, 255).astype(np.uint8)
         return Scene(image, tuple(things), owner, tuple(_ask(rng, things, self.canvas, asked)))
@@ -122,34 +137,6 @@ class Scenes:
             crop = crop.transpose(1, 0, 2)
         return crop.astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
 
-    def _place(
-        self, rng: random.Random, plan: list[tuple[str, str]], image: np.ndarray
-    ) -> tuple[list[Thing], np.ndarray]:
-        """Paint the plan onto `image` (in place). Also returns the owner of every pixel, (canvas, canvas) int16.
-
-        A thing that finds no free place in 60 tries is left out: the questions look at what was placed.
-        """
-        things: list[Thing] = []
-        coverage = np.zeros((self.canvas, self.canvas), np.int16)
-        for kind, name in plan:
-            mask = opacity(rng, self.split, kind, name)
-            height, width = mask.shape
-            for _ in range(60):
-                left, top = rng.randint(0, self.canvas - width), rng.randint(0, self.canvas - height)
-                box = (left, top, left + width, top + height)
-                if all(_apart(box, other.box, gap=3) for other in things):
-                    break
-            else:
-                continue
-            colour = rng.choice(list(COLOURS))
-            tint = np.clip(np.array(COLOURS[colour]) + [rng.uniform(-16, 16) for _ in range(3)], 0, 255)
-            rows, columns = slice(box[1], box[3]), slice(box[0], box[2])
-            under = image[rows, columns] * (0.35 if kind == "word" else 1.0)  # words stand on a darkened plate
-            image[rows, columns] = under + mask[..., None] * (tint.astype(np.float32) - under)
-            things.append(Thing(kind, name, colour, box))
-            coverage[rows, columns][(mask > 0.4) | (kind == "word")] = len(things)
-        return things, coverage
-
     def _owner(self, things: list[Thing], coverage: np.ndarray) -> np.ndarray:
         """The thing with most pixels in each patch, if it covers more than a tenth of it."""
         side = self.canvas // self.patch
@@ -158,8 +145,35 @@ class Scenes:
         return np.where(pixels.max(0) > int(0.1 * self.patch**2), pixels.argmax(0) + 1, 0)
 
 
-def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int], gap: int) -> bool:
-    return a[2] + gap <= b[0] or b[2] + gap <= a[0] or a[3] + gap <= b[1] or b[3] + gap <= a[1]
+def place(
+    rng: random.Random, image: np.ndarray, plan: Sequence[tuple[str, str]], form: Callable[[str, str], np.ndarray]
+) -> tuple[list[Thing], np.ndarray]:
+    """Paint things onto `image` (H, W, 3) float32 (in place). Also returns the owner of every pixel, (H, W) int16.
+
+    `plan` has the kind and the name of each, of which `form` makes its opacity. A thing that finds no free place in 60
+    tries is left out: the questions look at what was placed.
+    """
+    things: list[Thing] = []
+    height, width, _ = image.shape
+    owner = np.zeros((height, width), np.int16)
+    for kind, name in plan:
+        mask = form(kind, name)
+        tall, wide = mask.shape
+        for _ in range(60):
+            left, top = rng.randint(0, width - wide), rng.randint(0, height - tall)
+            box = (left, top, left + wide, top + tall)
+            if all(apart(box, other.box, GAP) for other in things):
+                break
+        else:
+            continue
+        colour = rng.choice(list(COLOURS))
+        tint = np.clip(np.array(COLOURS[colour]) + [rng.uniform(-16, 16) for _ in range(3)], 0, 255)
+        rows, columns = slice(box[1], box[3]), slice(box[0], box[2])
+        under = image[rows, columns] * (0.35 if kind == "word" else 1.0)  # words stand on a darkened plate
+        image[rows, columns] = under + mask[..., None] * (tint.astype(np.float32) - under)
+        things.append(Thing(kind, name, colour, box))
+        owner[rows, columns][(mask > 0.4) | (kind == "word")] = len(things)
+    return things, owner
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -193,27 +207,34 @@ def _ask(rng: random.Random, things: list[Thing], canvas: int, asked: int) -> It
     if wanted:
         yield Question("count", f"How many {PLURALS[rng.choice(wanted)]} are there?", str(asked))
     if shapes:
-        yield _ask_existence(rng, shapes, {(thing.name, thing.colour) for thing in shapes}, things)
-        relations = list(_ask_relations(shapes, single, canvas))
+        yield ask_existence(rng, shapes, things)
+        relations = list(ask_relations(shapes, canvas, canvas))
         yield from rng.sample(relations, min(3, len(relations)))
 
 
-def _ask_existence(
-    rng: random.Random, shapes: list[Thing], present: set[tuple[str, str]], things: list[Thing]
+def ask_existence(
+    rng: random.Random, shapes: Sequence[Thing], things: Sequence[Thing], wanted: bool | None = None
 ) -> Question:
-    """Half yes, half no; most of the colours asked for in vain are in the picture, but on something else."""
+    """With the answer that is wanted, or half yes, half no. Most of the colours asked for in vain are there, but on
+    something else."""
     shape = rng.choice(shapes)
-    name, colour, answer = shape.name, shape.colour, "yes"
-    if rng.random() < 0.5:
-        absent = [c for c in COLOURS if (name, c) not in present]
+    colour = shape.colour
+    wanted = rng.random() >= 0.5 if wanted is None else wanted
+    if not wanted:
+        present = {other.colour for other in shapes if other.name == shape.name}
+        absent = [c for c in COLOURS if c not in present]
         elsewhere = [thing.colour for thing in things if thing.colour in absent]
-        colour, answer = rng.choice(elsewhere if elsewhere and rng.random() < 0.7 else absent), "no"
-    return Question("exist", f"Is there {'an' if colour[0] in 'aeiou' else 'a'} {colour} {name}?", answer)
+        colour = rng.choice(elsewhere if elsewhere and rng.random() < 0.7 else absent)
+    article = "an" if colour[0] in "aeiou" else "a"
+    return Question("exist", f"Is there {article} {colour} {shape.name}?", "yes" if wanted else "no")
 
 
-def _ask_relations(shapes: list[Thing], single: list[Thing], canvas: int) -> Iterator[Question]:
-    """Questions for the one kind of shape on one side of another, clearly on that side (8 % of the canvas)."""
-    for shape in single:
+def ask_relations(shapes: Sequence[Thing], height: int, width: int) -> Iterator[Question]:
+    """Questions for the one kind of shape on one side of another, clearly on that side (8 % of the picture)."""
+    names = Counter(shape.name for shape in shapes)
+    for shape in shapes:
+        if names[shape.name] > 1:
+            continue
         for side in SIDES:
             axis, sign = (0 if side in SIDES[:2] else 1), (-1 if side in ("left of", "above") else 1)
             beyond = {
@@ -221,9 +242,9 @@ def _ask_relations(shapes: list[Thing], single: list[Thing], canvas: int) -> Ite
                 for other in shapes
                 if (distance := sign * (other.centre[axis] - shape.centre[axis])) > 0 and other is not shape
             }
-            if len({other.name for other in beyond}) == 1 and min(beyond.values()) > 0.08 * canvas:
-                answer = next(iter(beyond)).name
-                yield Question("relation", f"Which shape is {side} the {shape.name}?", answer)
+            least = 0.08 * (width if axis == 0 else height)
+            if len({other.name for other in beyond}) == 1 and min(beyond.values()) > least:
+                yield Question("relation", f"Which shape is {side} the {shape.name}?", next(iter(beyond)).name)
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation sets

@@ -18,13 +18,28 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, SPLITS, TEXTURES, WORDS, cut, opacity, photos, texture
+from vtc.eval import scenes
+from vtc.eval.content import (
+    COLOURS,
+    DIGITS,
+    PLURALS,
+    SHAPES,
+    TEXTURES,
+    WORDS,
+    Box,
+    apart,
+    check_split,
+    cut,
+    opacity,
+    photos,
+    texture,
+)
 from vtc.eval.items import Item, Medium, Question, balanced
+from vtc.eval.scenes import GAP, SIDES, ask_existence
 
 QUESTION_TYPES = (
     "digit", "colour", "shape", "where", "word", "count", "exist", "relation", "order", "motion",
 )  # fmt: skip
-SIDES = ("left of", "right of", "above", "below")
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 CELL = 16  # pixels; all sides are multiples of it
 PATCH = 8
@@ -41,25 +56,14 @@ NEAR = 10  # pixels: closer to a middle line, or to each other, things are not a
 EVAL_SCENES = 600  # media behind `questions(split)`
 QUESTIONS_PER_SCENE = 4
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
-
 
 @dataclass(frozen=True)
-class Thing:
-    """One object of a scene."""
+class Thing(scenes.Thing):
+    """One object of a scene; its box is where it is first seen."""
 
-    kind: str  # "shape", "digit" or "word"
-    name: str  # "square", "7", "cat"
-    colour: str
-    box: Box  # when it is first seen
     seen: tuple[int, int] = (0, 1)  # first frame, and the frame after the last one
     way: str = ""  # one of WAYS, if it moves
     speed: int = 0  # pixels per frame
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        """(x, y) of the middle of the box, in pixels."""
-        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     def shift(self, frame: int) -> tuple[int, int]:
         """(x, y) in pixels by which it has moved in `frame`."""
@@ -113,8 +117,7 @@ class Scenes:
     things: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"unknown split {self.split!r}; one of {', '.join(SPLITS)}")
+        check_split(self.split)
         if self.size and (self.size[1] % CELL or self.size[2] % CELL):
             raise ValueError(f"height and width have to be multiples of {CELL}, not {self.size[1]} and {self.size[2]}")
 
@@ -134,7 +137,7 @@ class Scenes:
             form = opacity(rng, self.split, kind, name)
             for _ in range(60):
                 box = _somewhere(rng, form, height, width)
-                if box and all(_apart(box, other.box) for other in things):
+                if box and all(apart(box, other.box, GAP) for other in things):
                     things.append(Thing(kind, name, rng.choice(list(COLOURS)), box))
                     forms.append(form)
                     break
@@ -198,7 +201,7 @@ class Scenes:
                 thing = Thing(kind, name, colour, box, seen, moves, speed)
                 left, top, right, bottom = thing.swept
                 inside = left >= 0 and top >= 0 and right <= width and bottom <= height
-                if inside and all(_apart(thing.swept, other.swept) or _alone(seen, other.seen) for other in things):
+                if inside and all(apart(thing.swept, other.swept, GAP) or _alone(seen, other.seen) for other in things):
                     things.append(thing)
                     forms.append(form)
                     break
@@ -248,10 +251,6 @@ def _somewhere(rng: random.Random, form: np.ndarray, height: int, width: int) ->
     return left, top, left + columns, top + rows
 
 
-def _apart(a: Box, b: Box, gap: int = 3) -> bool:
-    return a[2] + gap <= b[0] or b[2] + gap <= a[0] or a[3] + gap <= b[1] or b[3] + gap <= a[1]
-
-
 def _alone(a: tuple[int, int], b: tuple[int, int]) -> bool:
     """Whether one has left before the other comes."""
     return a[1] <= b[0] or b[1] <= a[0]
@@ -275,17 +274,9 @@ def _ask_names(things: list[Thing]) -> Iterator[Question]:
 
 
 def _ask_existence(rng: random.Random, things: list[Thing]) -> Iterator[Question]:
-    """Half yes, half no; most of the colours asked for in vain are there, but on something else."""
     shapes = [thing for thing in things if thing.kind == "shape"]
-    if not shapes:
-        return
-    shape = rng.choice(shapes)
-    name, colour, answer = shape.name, shape.colour, "yes"
-    if rng.random() < 0.5:
-        absent = [c for c in COLOURS if (name, c) not in {(other.name, other.colour) for other in shapes}]
-        elsewhere = [thing.colour for thing in things if thing.colour in absent]
-        colour, answer = rng.choice(elsewhere if elsewhere and rng.random() < 0.7 else absent), "no"
-    yield Question("exist", f"Is there {'an' if colour[0] in 'aeiou' else 'a'} {colour} {name}?", answer)
+    if shapes:
+        yield ask_existence(rng, shapes, things)
 
 
 def _ask_picture(rng: random.Random, things: list[Thing], height: int, width: int, asked: int) -> Iterator[Question]:

@@ -9,6 +9,7 @@ import pytest
 
 from vtc.eval import clips, items
 from vtc.eval.clips import Actor, Clip, Clips, Pair, Pairs, Pictures
+from vtc.eval.content import apart
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_things_never_touch() -> None:
                     boxes.append((left, top, left + width, top + height))
             for i, box in enumerate(boxes):
                 assert min(box) >= 0 and max(box) <= 64
-                assert all(clips._apart(box, other, gap=1) for other in boxes[:i])
+                assert all(apart(box, other, gap=1) for other in boxes[:i])
 
 
 def answer(question: str, actors: list[Actor], cuts: tuple[int, ...]) -> set[str]:

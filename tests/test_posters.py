@@ -7,6 +7,8 @@ from collections import Counter
 import numpy as np
 
 from vtc.eval import posters
+from vtc.eval.content import apart
+from vtc.eval.scenes import GAP
 
 
 def test_sizes_are_odd_and_of_every_form() -> None:
@@ -26,7 +28,7 @@ def test_things_do_not_overlap_and_are_where_the_owner_map_says() -> None:
         for i, a in enumerate(poster.things):
             left, top, right, bottom = a.box
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
-            assert all(posters._apart(a.box, b.box) for b in poster.things[:i])
+            assert all(apart(a.box, b.box, GAP) for b in poster.things[:i])
             rows, columns = np.nonzero(poster.owner == i + 1)
             assert top <= rows.min() <= rows.max() < bottom and left <= columns.min() <= columns.max() < right
         share.append((poster.owner > 0).mean())

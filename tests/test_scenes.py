@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vtc.eval import scenes
+from vtc.eval.content import apart
 
 
 def test_pictures_have_one_size() -> None:
@@ -31,4 +32,4 @@ def test_things_do_not_overlap_and_differ_from_the_background() -> None:
         for i, a in enumerate(scene.things):
             left, top, right, bottom = a.box
             assert 0 <= left < right <= 128 and 0 <= top < bottom <= 128
-            assert all(scenes._apart(a.box, b.box, gap=3) for b in scene.things[:i])
+            assert all(apart(a.box, b.box, scenes.GAP) for b in scene.things[:i])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from vtc.eval import sizes
+from vtc.eval.content import apart
+from vtc.eval.scenes import GAP
 
 
 def test_media_have_many_sizes() -> None:
@@ -29,7 +31,7 @@ def test_things_stay_inside_and_apart() -> None:
             assert 0 <= thing.seen[0] < thing.seen[1] <= length
             for other in scene.things[:i]:
                 together = thing.seen[0] < other.seen[1] and other.seen[0] < thing.seen[1]
-                assert not together or sizes._apart(thing.swept, other.swept)
+                assert not together or apart(thing.swept, other.swept, GAP)
 
 
 def test_frames_and_owners_show_the_things() -> None:
