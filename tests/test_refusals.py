@@ -141,6 +141,70 @@ def test_pixels_that_are_never_encoded_are_an_error() -> None:
         model(**inputs)
 
 
+@pytest.mark.parametrize(
+    ("spec", "part"),
+    [
+        ("fastv:keep=4,layer=1", "model.language_model.layers.1"),
+        ("fastv:keep=4,layer=1", "model.language_model"),
+        ("uniform:keep=4,positions=original", "model.language_model.rotary_emb"),
+        ("uniform:keep=4", "model.language_model"),
+        ("fastervlm:keep=4", "model.vision_tower.encoder.layers.1.self_attn"),
+        ("fastervlm:keep=4", "model.vision_tower.encoder.layers.1.self_attn.k_proj"),
+    ],
+)
+@torch.no_grad()
+def test_parts_that_run_without_their_hooks_are_noticed(spec: str, part: str) -> None:
+    """Code that torch.compile made earlier does so: it takes the hooks of inner modules for constant."""
+    model, inputs = make_llava(), batch(1).inputs()
+    with vtc.compress(model, spec):
+        expected = model(**inputs).logits
+        hooks = [vars(model.get_submodule(part))[f"_forward_{name}"] for name in ("pre_hooks", "hooks")]
+        saved = [dict(table) for table in hooks]
+        for table in hooks:
+            table.clear()
+        with pytest.raises(vtc.VtcError, match="skip_nnmodule_hook_guards"):
+            model(**inputs)
+        for table, before in zip(hooks, saved, strict=True):
+            table.update(before)
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_saliency_of_a_compiled_encoder() -> None:
+    model, inputs = make_llava(), batch(1).inputs()
+    with vtc.compress(model, "fastervlm:keep=4") as run:
+        model(**inputs)
+        kept = run.last.kept  # type: ignore[union-attr]
+    torch.compiler.reset()
+    model.model.vision_tower.encoder.layers[1].self_attn.compile(backend="eager")
+    with vtc.compress(model, "fastervlm:keep=4") as run:
+        model(**inputs)
+    assert run.last is not None and run.last.kept == kept
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_projections_replaced_under_the_hooks_are_noticed() -> None:
+    """LoRA wraps the projections that scores are read from; their hooks stay inside and see no LoRA."""
+    import peft
+
+    model, inputs = make_llava(), batch(1).inputs()
+    config = peft.LoraConfig(target_modules=r".*vision_tower.*\.(q_proj|k_proj)", r=2, init_lora_weights=False)
+    session = vtc.compress(model, "fastervlm:keep=4")
+    wrapped = peft.get_peft_model(model, config)
+    with pytest.raises(vtc.VtcError, match="compress.* again"):
+        wrapped(**inputs)
+    session = vtc.compress(wrapped, "fastervlm:keep=4")
+    wrapped(**inputs)
+    kept = session.last.kept  # type: ignore[union-attr]
+    merged = wrapped.merge_and_unload()
+    with pytest.raises(vtc.VtcError, match="compress.* again"):
+        merged(**inputs)
+    with vtc.compress(merged, "fastervlm:keep=4") as run:
+        merged(**inputs)
+    assert run.last is not None and run.last.kept == kept
+
+
 def test_a_method_of_the_callers_own_is_put_back() -> None:
     model, inputs = make_llava(), batch(1).inputs()
     encode, calls = model.model.get_image_features, []

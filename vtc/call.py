@@ -70,6 +70,8 @@ class Call:
         positions: what the rotary module is to rotate by; `None` for what the model gives it.
         layer_arguments: what layers of the present stretch get instead of the model's own arguments.
         seen: the layer before a cut: its number, input, rotation, stretch, and whether it filled the cache.
+        rotated: whether the rotary module has run.
+        reached: how many of the decoder layers with a compressor in front of them have run.
         stages: what the compressors did.
     """
 
@@ -90,6 +92,8 @@ class Call:
     positions: Tensor | None = None
     layer_arguments: dict[str, Any] = field(default_factory=dict)
     seen: Seen | None = None
+    rotated: bool = False
+    reached: int = 0
     stages: list[Stage] = field(default_factory=list)
 
 

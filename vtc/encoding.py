@@ -115,7 +115,8 @@ class EncoderWatch:
             try:
                 bound = signature.bind(*args, **kwargs).arguments
                 layouts = self._adapter.layouts(modality, {**bound, **bound.get("kwargs", {})})
-                for tap in self._taps.values():
+                for layer, tap in self._taps.items():
+                    tap.check(self._adapter.attention(layer))
                     tap.expect(self._adapter.longest(layouts))
                 output = encode(*args, **kwargs)
                 rows = {

@@ -18,6 +18,14 @@ class UnsupportedModelError(VtcError):
     """A model, or a vision encoder, that cannot do what was asked of it."""
 
 
+# Of a part of a model, where going on would give wrong answers. torch.compile goes on using code that it made without
+# hooks; PEFT and quantisation put other modules in the place of those that have them.
+WITHOUT_HOOKS = (
+    "ran without the hooks of vtc: if it is compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False and "
+    "call torch.compiler.reset(); if it was replaced (PEFT, quantisation), call vtc.compress(model, ...) again"
+)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -35,7 +35,7 @@ from vtc.choice import Group, choose
 from vtc.compressor import Compressor, DecoderCompressor
 from vtc.decoder import Probe, exchanged_attention, last_token_attention
 from vtc.encoding import MODALITIES, EncoderWatch
-from vtc.errors import VtcError
+from vtc.errors import WITHOUT_HOOKS, VtcError
 from vtc.inputs import Inputs, visual_inputs
 from vtc.saliency import Tap
 from vtc.visual import Layout, Visual
@@ -154,6 +154,7 @@ class Interception:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._call is None or self._call.positions is None:
             return None
+        self._call.rotated = True
         return (), {**bind(module, args, kwargs), "position_ids": self._call.positions}
 
     def _layer(
@@ -166,6 +167,7 @@ class Interception:
         arguments = {**bind(module, args, kwargs), **call.layer_arguments}
         cut, state = self._cuts.get(number), call.state
         if cut is not None:
+            call.reached += 1
             _refuse_replays(module)
             device = arguments["hidden_states"].device  # layers may be spread over several
             call.stretches[-1] = call.stretches[-1].to(device)
@@ -194,7 +196,9 @@ class Interception:
         return self._finish(call, output) if call.stretches and output is not None else None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._local.call = None
+        call, self._local.call = self._call, None
+        if call is not None and call.encoded and output is not None:
+            raise VtcError(f"the language model {WITHOUT_HOOKS}")
 
     # ------------------------------------------------------------------------------------------- at the entry
 
@@ -356,6 +360,10 @@ class Interception:
 
     def _finish(self, call: Call, output: Any) -> Any:
         """Bring the language model's output to its old length, and note what its cache lacks."""
+        if call.positions is not None and not call.rotated:
+            raise VtcError(f"the rotary embedding {WITHOUT_HOOKS}")
+        if call.reached < len(self._cuts):
+            raise VtcError(f"decoder layer {list(self._cuts)[call.reached]} {WITHOUT_HOOKS}")
         stretches = call.stretches
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         first, batch = stretches[0], len(hidden)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtc.adapters.base import Attention
 from vtc.boundary import bind
-from vtc.errors import VtcError
+from vtc.errors import WITHOUT_HOOKS, VtcError
 from vtc.kernels import query_rows, received, received_packed
 from vtc.kernels.cosine import products
 
@@ -73,6 +73,14 @@ class Tap:
             self._attention.module.register_forward_hook(self._compute, with_kwargs=True),
         ]
 
+    def check(self, attention: Attention) -> None:
+        """Raise if `attention`, the layer as it is now, has other projections than those that were hooked.
+
+        Adapters such as LoRA's, added in between, hold the hooked ones inside, where queries and keys lack a part.
+        """
+        if attention.projections != self._attention.projections:
+            raise VtcError(f"{self._name} {WITHOUT_HOOKS}")
+
     def expect(self, longest: int | None) -> None:
         """The encoder is about to run on this thread.
 
@@ -82,9 +90,7 @@ class Tap:
         Args:
             longest: length of the longest packed sequence; `None` if inputs are not packed.
         """
-        self._local.__dict__.clear()
-        self._local.longest = longest
-        self._local.outputs = {}
+        self._local.longest, self._local.outputs, self._local.row = longest, {}, None
 
     def pop(self) -> Tensor:
         """The row of the encoder call that just ended on this thread, forgotten once read.
@@ -92,10 +98,14 @@ class Tap:
         `(P, S)` float32, or `(S,)` of packed inputs.
         """
         row: Tensor | None = getattr(self._local, "row", None)
-        self._local.__dict__.clear()
+        self._local.row = self._local.outputs = None
         if row is None:
-            raise VtcError(f"the encoder ran without its {type(self._attention.module).__name__}: no saliency to read")
+            raise VtcError(f"{self._name} {WITHOUT_HOOKS}")
         return row
+
+    @property
+    def _name(self) -> str:
+        return f"the {type(self._attention.module).__name__} of the encoder"
 
     def _see(self, number: int, module: nn.Module, args: Any, output: Tensor) -> None:
         outputs = getattr(self._local, "outputs", None)
@@ -107,8 +117,10 @@ class Tap:
         outputs = getattr(self._local, "outputs", None)
         if outputs is None:
             return
-        del self._local.outputs
+        self._local.outputs = None
         attention, arguments = self._attention, bind(module, args, kwargs)
+        if len(outputs) < len(attention.projections):
+            raise VtcError(f"{self._name} {WITHOUT_HOOKS}")
         query, key = attention.split([outputs[number] for number in sorted(outputs)], arguments)
         if attention.offsets is not None:
             offsets = arguments[attention.offsets].to(query.device)
