@@ -346,6 +346,14 @@ TOWER: dict[str, Any] = {
     "num_attention_heads": 4,
     "patch_size": 14,
 }
+QWEN_TOWER: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 32,
+    "out_hidden_size": 64,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 4,
+}
 SPECIAL = {"image_token_id": IMAGE, "video_token_id": CLIP, "vision_start_token_id": START, "vision_end_token_id": END}
 
 
@@ -363,6 +371,12 @@ def llama() -> Any:
 
 def qwen2() -> Any:
     return transformers.Qwen2Config(**WIDTH)
+
+
+def mrope(section: list[int], **more: Any) -> dict[str, Any]:
+    """A text config with M-RoPE."""
+    rope = {"rope_type": "default", "mrope_section": section, "rope_theta": 10000.0}
+    return {**WIDTH, "rope_parameters": {**rope, **more}}
 
 
 def pinpoints(side: int) -> tuple[tuple[int, int], ...]:
@@ -415,41 +429,23 @@ def llava_onevision() -> Any:
 
 def qwen2_vl() -> Any:
     vision = {"depth": 3, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    config = transformers.Qwen2VLConfig(vision_config=vision, text_config={**WIDTH, "rope_parameters": rope}, **SPECIAL)
+    config = transformers.Qwen2VLConfig(vision_config=vision, text_config=mrope([2, 3, 3]), **SPECIAL)
     return transformers.Qwen2VLForConditionalGeneration(config)
 
 
 def qwen2_5_vl() -> Any:
     vision = {
-        "depth": 3,
-        "hidden_size": 32,
-        "out_hidden_size": 64,
-        "num_heads": 2,
-        "intermediate_size": 64,
-        "patch_size": 4,
+        **QWEN_TOWER,
         "window_size": 16,  # two by two tokens
         "fullatt_block_indexes": [2],  # as in the checkpoints, the last layer is one of them
     }
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    text = {**WIDTH, "rope_parameters": rope}
-    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **SPECIAL)
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=mrope([2, 3, 3]), **SPECIAL)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def qwen3_vl() -> Any:
-    vision = {
-        "depth": 3,
-        "hidden_size": 32,
-        "out_hidden_size": 64,
-        "num_heads": 2,
-        "intermediate_size": 64,
-        "patch_size": 4,
-        "deepstack_visual_indexes": [0, 1],
-        "num_position_embeddings": 64,
-    }
-    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0, "mrope_interleaved": True}
-    text = {**WIDTH, "head_dim": 16, "rope_parameters": rope}
+    vision = {**QWEN_TOWER, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    text = {**mrope([4, 2, 2], mrope_interleaved=True), "head_dim": 16}
     config = transformers.Qwen3VLConfig(vision_config=vision, text_config=text, **SPECIAL)
     return transformers.Qwen3VLForConditionalGeneration(config)
 
