@@ -29,16 +29,23 @@ def find(model: nn.Module) -> Adapter:
     """The adapter of `model`, which may be wrapped (PEFT, a head, a container) at any depth.
 
     Raises:
-        UnsupportedModelError: no supported vision-language model inside, or one whose parts are not as expected.
+        UnsupportedModelError: no supported vision-language model inside, or several, or one whose parts are not as
+            expected.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    found: list[tuple[nn.Module, str]] = []
     for module in model.modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in FAMILIES:
-                path, _, name = FAMILIES[cls.__name__].partition(":")
-                return getattr(importlib.import_module(path), name)(module)
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is not a vision-language model that vtc supports; supported: {', '.join(FAMILIES)} "
-        "and whatever wraps one of them (for example LlavaForConditionalGeneration)"
-    )
+        names = [cls.__name__ for cls in type(module).__mro__ if cls.__name__ in FAMILIES]
+        found += [(module, FAMILIES[names[0]])] if names else []
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a vision-language model that vtc supports; supported: "
+            f"{', '.join(FAMILIES)} and whatever wraps one of them (for example LlavaForConditionalGeneration)"
+        )
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds {len(found)} vision-language models; compress each of them on its own"
+        )
+    path, _, name = found[0][1].partition(":")
+    return getattr(importlib.import_module(path), name)(found[0][0])

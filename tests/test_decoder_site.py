@@ -18,6 +18,7 @@ import vtc
 from families import (
     FAMILIES,
     GREEDY,
+    IMAGE,
     LAYERS,
     ONE_IMAGE,
     TEXT,
@@ -591,6 +592,26 @@ def test_sliding_windows_are_refused(text: Any) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def norms_over_all_heads() -> Any:
+    return transformers.OlmoeConfig(**WIDTH)
+
+
+def norms_of_other_names() -> Any:
+    return transformers.PhiConfig(**WIDTH, qk_layernorm=True)
+
+
+def norms_behind_the_attention() -> Any:
+    return transformers.Olmo2Config(**WIDTH)
+
+
+@pytest.mark.parametrize("text", [norms_over_all_heads, norms_of_other_names, norms_behind_the_attention])
+def test_attention_that_cannot_be_read_is_refused(text: Any) -> None:
+    model = llava(text=text)
+    with pytest.raises(vtc.UnsupportedModelError, match=r"cannot be read.*before the language model"):
+        vtc.compress(model, "fastv")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("text", [qwen2, llama, lambda: transformers.MistralConfig(**WIDTH, sliding_window=None)])
 @torch.no_grad()
 def test_language_models_without_sliding_windows_are_not(text: Any) -> None:
@@ -846,6 +867,22 @@ def test_exchanged_attention_is_that_of_the_whole_map(family: Family, attention:
                 and not any(places[0] < place < places[-1] for place in range(len(share)) if place not in places)
             ):
                 assert told[0, 1] == 0  # nothing of the text behind it is seen by the only image
+
+
+@pytest.mark.parametrize("text", [transformers.PhiConfig, transformers.StableLmConfig, transformers.CohereConfig])
+@torch.no_grad()
+def test_attention_of_models_that_rotate_otherwise(text: Any) -> None:
+    """Only the first channels of a head, or neighbouring ones: the row is that of the model's own map."""
+    model = Family("llava", partial(llava, text=partial(text, **WIDTH))).make("eager")
+    inputs, maps = FAMILIES["llava"].batch([ONE_IMAGE]).inputs(), []
+    compressor = Exchange(layer=2, wanted="attention")
+    attention = model.model.language_model.layers[1].self_attn
+    handle = attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
+    with vtc.compress(model, compressor):
+        model(**inputs)
+    handle.remove()
+    expected = maps[0].mean(1)[:, -1, inputs["input_ids"][0] == IMAGE]
+    assert near(compressor.told[0], expected)
 
 
 @pytest.mark.parametrize("block", [1, 7, 256])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, MistralConfig
 
 import vtc
+from families import WIDTH, Family
+from families import llava as build
 from models import GREEDY, IMAGE, TOKENS, batch, llava, make_llava
 from vtc import adapters
 from vtc.kernels.received import naive as naive_received
@@ -253,6 +257,35 @@ def test_a_copied_cache_is_its_own(model: Any) -> None:
         assert prefix.get_seq_length() == ids.shape[1] - 2
         with pytest.raises(vtc.VtcError, match="inside its visual tokens"):
             prefix.crop(5)
+
+
+@every_spec
+@torch.no_grad()
+def test_a_saved_cache_goes_on(model: Any, spec: str) -> None:
+    """`torch.save` and pickle look classes up by name, and a compressed cache has one made for it."""
+    inputs, word = batch(1).inputs(), torch.tensor([[20]])
+    with vtc.compress(model, spec):
+        cache = model(**inputs).past_key_values
+        saved = pickle.dumps(cache)
+        expected = model(input_ids=word, past_key_values=cache).logits
+        loaded = pickle.loads(saved)
+        assert loaded.get_seq_length() == inputs["input_ids"].shape[1]
+        assert torch.equal(model(input_ids=word, past_key_values=loaded).logits, expected)
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize("window", [8, 16, 64])
+@torch.no_grad()
+def test_sliding_windows_in_a_static_cache(window: int, positions: str) -> None:
+    """Its masks are prepared for the longer prompt, and of a window's width."""
+    text = partial(MistralConfig, **WIDTH, sliding_window=window)
+    family = Family("llava", partial(build, text=text))
+    model, prompts = family.make(), batch(1, 0, 2)
+    with vtc.compress(model, f"uniform:keep=5,positions={positions}"):
+        for inputs in (prompts.inputs(), prompts.alone(0)):
+            expected = model.generate(**inputs, **GREEDY)
+            out = model.generate(**inputs, **GREEDY, cache_implementation="static")
+            assert near(torch.stack(out.logits), torch.stack(expected.logits))
 
 
 @torch.no_grad()

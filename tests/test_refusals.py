@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +85,14 @@ def with_class_token_in_the_features() -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
+def two_models() -> nn.Module:
+    return nn.ModuleList([make_llava(), make_llava()])
+
+
 UNSUPPORTED = {
     "text only": (text_only, "random", "not a vision-language model"),
     "a module": (lambda: nn.Linear(2, 2), "random", "not a vision-language model"),
+    "two models": (two_models, "random", "each of them on its own"),
     "no module": (lambda: "llava", "random", "expected a torch.nn.Module"),
     "no class token": (lambda: make_llava("siglip"), "fastervlm", "fastervlm:saliency=received, .*divprune"),
     "pivot without class token": (lambda: make_llava("siglip"), "todre", "todre:pivot=random"),
@@ -120,6 +126,17 @@ def test_a_strategy_that_breaks_its_contract_is_caught(index: tuple[int, ...]) -
     with vtc.compress(model, Wrong(keep=4, index=index)), pytest.raises((vtc.VtcError, RuntimeError)) as caught:
         model(**batch(2).inputs())
     assert isinstance(caught.value, vtc.VtcError)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("part", ["", "model.vision_tower"])
+@torch.no_grad()
+def test_a_compressed_model_is_not_copied(part: str, copied: Any) -> None:
+    """Hooks of the copy would act on the model that it was copied from."""
+    model, inputs = make_llava(), batch(1).inputs()
+    with vtc.compress(model, "fastervlm:keep=4"), pytest.raises(vtc.VtcError, match="restore"):
+        copied(model.get_submodule(part))
+    assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
 
 
 def test_an_undeclared_need_is_named() -> None:

@@ -276,10 +276,12 @@ def entry_arguments(
     sequences; the rotary module gets the true positions. `inputs_embeds` have been shortened already.
     """
     reference = _reference(arguments)
-    mask = arguments.get("attention_mask")
+    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
     out = dict(arguments)
     out["position_ids"] = gapless(stretch)
-    if mask is not None and not is_flat(mask) and shrink is not None and state is None:
+    # What generate prepares for a static cache with windows has columns for the longer prompt: the model makes another.
+    windows = getattr(cache, "is_compileable", False) and any(getattr(cache, "is_sliding", ()))
+    if mask is not None and not is_flat(mask) and shrink is not None and state is None and not windows:
         out["attention_mask"] = _cut_masks(mask, shrink, stretch.past)
     else:
         out["attention_mask"] = stretch.mask(reference.shape[0])

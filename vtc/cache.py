@@ -78,6 +78,9 @@ class _Compressed:
     _vtc_state: CacheState | None
     _vtc_attended: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, (type(self).__bases__[1],), dict(vars(self))  # pickle would look for the class by its name
+
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if self._vtc_state is not None and not self._vtc_attended:
             raise VtcError(
@@ -137,6 +140,11 @@ class _Compressed:
                 for part in state.parts
             )
             self._vtc_state = replace(state, parts=parts)
+
+
+def _blank(base: type) -> Any:
+    made: Any = _compressed_class(base)
+    return made.__new__(made)
 
 
 @cache

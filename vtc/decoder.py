@@ -46,13 +46,24 @@ class Probe:
 
 def check_layer(layer: Any) -> None:
     """Raise if the attention of this decoder layer cannot be read."""
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     wanted = (getattr(layer, "input_layernorm", None), *(getattr(attention, n, None) for n in ("q_proj", "k_proj")))
-    if any(part is None for part in wanted) or not hasattr(_home(attention), "apply_rotary_pos_emb"):
+    if (
+        any(part is None for part in wanted)
+        or not all(_is_per_head(getattr(attention, name, None), attention.head_dim) for name in ("q_norm", "k_norm"))
+        or any(getattr(attention, name, None) is not None for name in ("q_layernorm", "k_layernorm"))
+        or not hasattr(_home(attention), "apply_rotary_pos_emb")
+    ):
         raise UnsupportedModelError(
             f"the attention of a {type(layer).__name__} cannot be read: it needs input_layernorm, self_attn.q_proj, "
-            "self_attn.k_proj and rotary positions; strategies that act before the language model do not need it"
+            "self_attn.k_proj, q_norm and k_norm per head if any, and rotary positions; strategies that act before the "
+            "language model do not need it"
         )
+
+
+def _is_per_head(norm: Any, head_dim: int) -> bool:
+    weight = getattr(norm, "weight", None)
+    return weight is None or weight.shape[-1] == head_dim
 
 
 def last_token_attention(probe: Probe) -> Tensor:
@@ -133,8 +144,9 @@ def _heads(attention: Any, kind: str, hidden: Tensor) -> Tensor:
 
 
 def _rotate(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `(B, R, heads, head_dim)` with the model's own function."""
-    return _home(attention).apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
+    """Rotate `(B, R, heads, head_dim)` with the model's own function; some models turn the first channels only."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat([_home(attention).apply_rotary_pos_emb(turned, turned, cos, sin, unsqueeze_dim=2)[0], rest], -1)
 
 
 def _home(module: nn.Module | None) -> Any:

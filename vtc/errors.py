@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class VtcError(ValueError):
@@ -24,6 +25,11 @@ WITHOUT_HOOKS = (
     "ran without the hooks of vtc: if it is compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False and "
     "call torch.compiler.reset(); if it was replaced (PEFT, quantisation), call vtc.compress(model, ...) again"
 )
+
+
+def refuse_copies(hooked: object) -> NoReturn:
+    """`__reduce__` of what hangs on the modules of one model, and would act on that model from a copy as well."""
+    raise VtcError("a compressed model cannot be copied or pickled: call vtc.restore(model) first")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -35,7 +35,7 @@ from vtc.choice import Group, choose
 from vtc.compressor import Compressor, DecoderCompressor
 from vtc.decoder import Probe, exchanged_attention, last_token_attention
 from vtc.encoding import MODALITIES, EncoderWatch
-from vtc.errors import WITHOUT_HOOKS, VtcError
+from vtc.errors import WITHOUT_HOOKS, VtcError, refuse_copies
 from vtc.inputs import Inputs, visual_inputs
 from vtc.saliency import Tap
 from vtc.visual import Layout, Visual
@@ -74,6 +74,8 @@ class Interception:
         self._handles: list[RemovableHandle] = []
         self._local = threading.local()
         self._validated: set[int] = set()
+
+    __reduce__ = refuse_copies
 
     @property
     def active(self) -> bool:

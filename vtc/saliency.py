@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtc.adapters.base import Attention
 from vtc.boundary import bind
-from vtc.errors import WITHOUT_HOOKS, VtcError
+from vtc.errors import WITHOUT_HOOKS, VtcError, refuse_copies
 from vtc.kernels import query_rows, received, received_packed
 from vtc.kernels.cosine import products
 
@@ -62,6 +62,8 @@ class Tap:
         self._attention = attention
         self._kind = kind
         self._local = threading.local()
+
+    __reduce__ = refuse_copies
 
     def install(self) -> list[RemovableHandle]:
         """Hook the layer. It does nothing until `expect` is called."""
