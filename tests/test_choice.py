@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import pytest
 import torch
 
 from vtc.choice import choose
-from vtc.compressor import parse
+from vtc.compressor import Compressor, parse
+from vtc.errors import VtcError
 from vtc.visual import Layout, Visual
 
 SMALL, LARGE, TINY = Layout.frames(1, 2, 3), Layout.frames(1, 3, 4), Layout.frames(1, 1, 2)
@@ -39,3 +43,20 @@ def test_groups_by_layout_change_nothing(spec: str) -> None:
             (alone,) = choose(compressor, [layouts[number]], [budgets[number]], alone_look, validate=True)
             assert torch.equal(alone.selection.index[0], group.selection.index[row])
             assert torch.equal(alone.selection.matrix()[0], group.selection.matrix()[row])
+
+
+def test_what_is_no_selection_is_refused() -> None:
+    @dataclass(kw_only=True)
+    class First(Compressor):
+        """Returns indices."""
+
+        name: ClassVar[str] = "first"
+
+        def select(self, visual: Visual) -> Any:
+            return torch.arange(3)[None]
+
+    def look(layout: Layout, members: list[int], budget: int) -> Visual:
+        return Visual(layout, len(members), torch.device("cpu"), {}, budget)
+
+    with pytest.raises(VtcError, match=r"first: select\(\) must return a vtc\.Selection, .* not Tensor"):
+        choose(First(keep=3), [SMALL], [3], look, validate=False)

@@ -461,6 +461,19 @@ def test_inputs_are_drawn_by_their_numbers() -> None:
         report.show(plain(64, 64), 2)
 
 
+def test_a_report_at_a_prompt_is_one_line() -> None:
+    """A clip has thousands of tokens, and a notebook shows what a cell ends with."""
+    report = report_of("qwen2vl", ["uniform:keep=0.8", "fastv:keep=0.5,layer=2"], BOTH)
+    assert repr(report) == f"<vtc.Report {str(report).splitlines()[0]}>"
+    assert len(repr(report.stages[0])) < 80 and "uniform" in repr(report.stages[0])
+
+
+def test_an_unknown_fit_is_refused() -> None:
+    report = report_of("qwen2vl", "uniform:keep=3", ONE_IMAGE)
+    with pytest.raises(VtcError, match="fit is 'squash'; use one of 'crop', 'resize', 'pad'"):
+        report.show(plain(64, 64), fit="squash")  # type: ignore[arg-type]
+
+
 def test_stages_are_drawn_one_by_one() -> None:
     report = report_of("qwen2vl", ["uniform:keep=0.8", "fastv:keep=0.5,layer=2"], ONE_IMAGE)
     view = report.layouts[0].views[0]

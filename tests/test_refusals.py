@@ -41,7 +41,7 @@ REFUSED = {
     "negative keep": ("fastervlm:keep=-3", "at least 1 token"),
     "fraction above one": ("fastervlm:keep=1.5", "0 < keep <= 1.0"),
     "more than there are": ("fastervlm:keep=17", "at most 16"),
-    "not a number": ("fastervlm:keep=many", "a whole number or a number"),
+    "not a number": ("fastervlm:keep=many", "a whole number or a fraction"),
     "a layer too deep": ("fastervlm:layer=3", "3 layers"),
     "nothing": ([], "name at least one"),
     "a number": (5, "spec string"),
@@ -94,8 +94,8 @@ UNSUPPORTED = {
     "a module": (lambda: nn.Linear(2, 2), "random", "not a vision-language model"),
     "two models": (two_models, "random", "each of them on its own"),
     "no module": (lambda: "llava", "random", "expected a torch.nn.Module"),
-    "no class token": (lambda: make_llava("siglip"), "fastervlm", "fastervlm:saliency=received, .*divprune"),
-    "pivot without class token": (lambda: make_llava("siglip"), "todre", "todre:pivot=random"),
+    "no class token": (lambda: make_llava("siglip"), "fastervlm", "fastervlm:keep=0.25,saliency=received, .*divprune"),
+    "pivot without class token": (lambda: make_llava("siglip"), "todre", "todre:keep=0.25,pivot=random"),
     "class token among the features": (with_class_token_in_the_features, "random", "'default' does"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -9,9 +10,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
+import vtc
+from families import FAMILIES
 from vtc import compressor
 from vtc.compressor import Compressor, Scorer, as_compressors, available, parse, register, strategy
-from vtc.errors import SpecError, VtcError
+from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.visual import Layout, Visual
 
 CPU = torch.device("cpu")
@@ -111,13 +114,13 @@ def test_keep_out_of_range(keep: str) -> None:
 
 @pytest.mark.parametrize("keep", ["true", "True", "None", "half", "64%", "1/4", "0x10", ""])
 def test_keep_that_is_no_number(keep: str) -> None:
-    with pytest.raises(SpecError, match=r"keep=.* is not a whole number or a number"):
+    with pytest.raises(SpecError, match=r"keep=.* is not a whole number or a fraction"):
         parse(f"fastervlm:keep={keep}")
 
 
 @pytest.mark.parametrize("keep", [True, False, None, "64", (64,), torch.tensor(64)])
 def test_keep_of_the_wrong_type(keep: Any) -> None:
-    with pytest.raises(SpecError, match=r"keep=.* is not a whole number or a number"):
+    with pytest.raises(SpecError, match=r"keep=.* is not a whole number or a fraction"):
         strategy("fastervlm")(keep=keep)
 
 
@@ -194,6 +197,12 @@ def test_not_key_and_value(spec: str) -> None:
         parse(spec)
 
 
+def test_a_number_alone_is_meant_to_be_kept() -> None:
+    for number in ("64", "0.25"):
+        with pytest.raises(SpecError, match=f"is not key=value: write keep={number}"):
+            parse(f"random:{number}")
+
+
 def test_errors_are_value_errors() -> None:
     assert issubclass(SpecError, VtcError) and issubclass(VtcError, ValueError)
 
@@ -216,8 +225,11 @@ def test_as_compressors_refuses() -> None:
         as_compressors([])
     with pytest.raises(SpecError, match=r"spec string or a vtc\.Compressor, not int"):
         as_compressors(["random", 64])  # type: ignore[list-item]
-    with pytest.raises(SpecError, match="not type"):
+    with pytest.raises(SpecError, match=r"not type: make one, Random\(keep=64\)"):
         as_compressors([strategy("random")])  # type: ignore[list-item]
+    for wrong in ({"random": 64}, b"random"):
+        with pytest.raises(SpecError, match=f"not {type(wrong).__name__}"):
+            as_compressors(wrong)  # type: ignore[arg-type]
 
 
 def test_register_makes_available() -> None:
@@ -260,6 +272,57 @@ def test_a_strategy_has_to_select() -> None:
         Idle().select(visual)
 
 
+def test_what_is_forgotten_above_a_class_is_named() -> None:
+    with pytest.raises(SpecError, match=r'write @vtc\.register\("some-name"\)'):
+        register(Demo)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r"dict is not a compressor"):
+        register("demo")(dict)  # type: ignore[type-var]
+
+    class Plain(Compressor):
+        """Its parameter is no field."""
+
+        pull: float = 1.0
+
+    register("plain")(Plain)
+    with pytest.raises(SpecError, match=r"put @dataclass\(kw_only=True\) above it"):
+        parse("plain:pull=2")
+
+
+def test_parameters_that_no_spec_can_hold() -> None:
+    @dataclass(kw_only=True)
+    class Bare(Compressor):
+        """Its parameter has no default."""
+
+        pull: float
+
+    with pytest.raises(SpecError, match=r"Bare\.pull has no default"):
+        register("bare")(Bare)
+
+    @dataclass(kw_only=True)
+    class Several(Compressor):
+        """Its parameter is of a kind that has no spelling."""
+
+        layers_read: tuple[int, ...] = (1, 2)
+
+    with pytest.raises(SpecError, match=r"Several\.layers_read is tuple\[int, \.\.\.\], which a spec cannot hold"):
+        Several()
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 1, 4), (1, 3)])
+def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    @dataclass(kw_only=True)
+    class Odd(Scorer):
+        """Scores in the wrong shape."""
+
+        def score(self, visual: Visual) -> torch.Tensor:
+            return torch.zeros(shape)
+
+    with pytest.raises(
+        VtcError, match=rf"one score per token, \(B, N\) = \(1, 4\), not of shape {re.escape(str(shape))}"
+    ):
+        Odd(keep=2).select(Visual(Layout.frames(1, 2, 2), 1, CPU, {}))
+
+
 def test_a_scorer_keeps_the_best() -> None:
     @register("norm")
     @dataclass(kw_only=True)
@@ -288,3 +351,24 @@ def test_features_are_loaded_once() -> None:
     calls: list[int] = []
     visual = Visual(Layout.frames(1, 1, 1), 1, CPU, {"features": lambda: calls.append(1) or torch.zeros(1, 1, 1)})  # type: ignore[func-returns-value]
     assert visual.features is visual.features and calls == [1]
+
+
+def test_needs_are_a_set() -> None:
+    @dataclass(kw_only=True)
+    class Loose(Scorer):
+        """Its needs are a word."""
+
+        needs = "features"  # type: ignore[assignment]
+
+    with pytest.raises(SpecError, match=r"needs is 'features'; it is a set, for example frozenset\(\{'features'\}\)"):
+        vtc.compress(FAMILIES["llava"].model(), Loose(keep=2))
+
+
+def test_what_would_work_keeps_what_was_asked() -> None:
+    with pytest.raises(UnsupportedModelError, match="use fastervlm:keep=3,saliency=received,layer=0, "):
+        vtc.compress(FAMILIES["llava-siglip"].model(), "fastervlm:keep=3,layer=0")
+
+
+def test_only_a_model_is_restored() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"expected a torch\.nn\.Module, got NoneType"):
+        vtc.restore(None)  # type: ignore[arg-type]

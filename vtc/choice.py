@@ -60,6 +60,11 @@ def choose(
 def _check(
     compressor: Compressor, selection: Selection, layout: Layout, budget: int, inputs: int, validate: bool
 ) -> None:
+    if not isinstance(selection, Selection):
+        raise VtcError(
+            f"{compressor.name}: select() must return a vtc.Selection, for example vtc.Selection.keep(index, size), "
+            f"not {type(selection).__name__}"
+        )
     kept = selection.index.shape[1] if compressor.adaptive else budget
     if selection.size != layout.tokens or tuple(selection.index.shape) != (inputs, kept) or kept > layout.tokens:
         raise VtcError(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from vtc.errors import SpecError, UnsupportedModelError, did_you_mean
+from vtc.errors import SpecError, UnsupportedModelError, VtcError, did_you_mean
 from vtc.select import top_k
 from vtc.selection import Selection
 from vtc.visual import Encoder, Layout, Visual
@@ -20,6 +21,8 @@ NEEDS = {
     "input": frozenset({"features", "cls", "received", "logits"}),
     "decoder": frozenset({"features", "attention", "ahead", "exchange"}),
 }
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+WORDS[type(None)] = "None"
 
 
 @dataclass(kw_only=True)
@@ -92,6 +95,11 @@ class Compressor:
         hints = get_type_hints(type(self))
         for item in fields(self):
             value = getattr(self, item.name)
+            if any(get_origin(option) is not Literal and option not in WORDS for option in _options(hints[item.name])):
+                raise SpecError(
+                    f"{type(self).__name__}.{item.name} is {hints[item.name]}, which a spec cannot hold; a parameter "
+                    "is int, float, bool, str, None or a Literal of words, or several of them joined by |"
+                )
             if not _fits(value, hints[item.name]):
                 raise SpecError(
                     f"{self.name or type(self).__name__}: {item.name}={value!r} is not {_describe(hints[item.name])}"
@@ -107,7 +115,12 @@ class Scorer(Compressor):
         raise NotImplementedError(f"{type(self).__name__} must implement score(visual)")
 
     def select(self, visual: Visual) -> Selection:
-        return Selection.keep(top_k(self.score(visual), self.budget(visual.layout)), visual.layout.tokens)
+        score, tokens = self.score(visual), visual.layout.tokens
+        if not isinstance(score, Tensor) or score.ndim != 2 or score.shape[1] != tokens:
+            found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+            wanted = (visual.inputs, tokens)
+            raise VtcError(f"{self.name}: score() must return one score per token, (B, N) = {wanted}, not {found}")
+        return Selection.keep(top_k(score, self.budget(visual.layout)), visual.layout.tokens)
 
 
 @dataclass(kw_only=True)
@@ -175,8 +188,15 @@ _registry: dict[str, type[Compressor]] = {}
 
 def register(name: str) -> Callable[[C], C]:
     """Class decorator: make a `Compressor` available under `name`, in specs and on the command line."""
+    if not isinstance(name, str):
+        raise SpecError(f'{name!r} is not a name: write @vtc.register("some-name") above the class')
 
     def add(cls: C) -> C:
+        if not issubclass(cls, Compressor):
+            raise SpecError(f"{cls.__name__} is not a compressor: make it a subclass of vtc.Scorer or vtc.Compressor")
+        for item in fields(cls):
+            if item.default is MISSING:
+                raise SpecError(f"{cls.__name__}.{item.name} has no default, and a spec may leave out any parameter")
         if not name or any(character in ":,=+" or character.isspace() for character in name):
             raise SpecError(f"'{name}' cannot be a strategy name: it is empty or has one of ':,=+' or a space in it")
         known = _registry.get(name, cls)
@@ -214,7 +234,13 @@ def parse(spec: str) -> Compressor:
     for part in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, text = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise SpecError(f"'{part}' in '{spec}' is not key=value")
+            meant = f": write keep={part}" if part.replace(".", "", 1).isdecimal() else ""
+            raise SpecError(f"'{part}' in '{spec}' is not key=value{meant}")
+        if key not in known and key in hints and get_origin(hints[key]) is not ClassVar:
+            raise SpecError(
+                f"{cls.name} has no key '{key}' because {cls.__name__} is no dataclass: put @dataclass(kw_only=True) "
+                "above it, under @vtc.register"
+            )
         if key not in known:
             raise SpecError(f"{cls.name} has no key '{key}'{did_you_mean(key, known)}; known: {', '.join(known)}")
         if key in values:
@@ -225,7 +251,8 @@ def parse(spec: str) -> Compressor:
 
 def as_compressors(spec: str | Compressor | Iterable[str | Compressor]) -> tuple[Compressor, ...]:
     """What `vtc.compress` accepts, as a tuple of compressors. A string may hold several specs, joined by `+`."""
-    given = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
+    several = isinstance(spec, Iterable) and not isinstance(spec, str | bytes | Mapping)
+    given: list[Any] = list(spec) if several else [spec]  # type: ignore[arg-type]
     items: list[Any] = []
     for item in given:
         items += re.split(r"\+(?=\s*[a-zA-Z])", item) if isinstance(item, str) else [item]
@@ -233,7 +260,8 @@ def as_compressors(spec: str | Compressor | Iterable[str | Compressor]) -> tuple
         raise SpecError("no compressor given: name at least one, for example 'fastervlm:keep=64'")
     for item in items:
         if not isinstance(item, str | Compressor):
-            raise SpecError(f"a compressor is a spec string or a vtc.Compressor, not {type(item).__name__}")
+            meant = f": make one, {item.__name__}(keep=64)" if isinstance(item, type) else ""
+            raise SpecError(f"a compressor is a spec string or a vtc.Compressor, not {type(item).__name__}{meant}")
     return tuple(parse(item) if isinstance(item, str) else item for item in items)
 
 
@@ -248,7 +276,7 @@ def _default(item: Field[Any]) -> Any:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) is not None and get_origin(hint) is not Literal else (hint,)
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -281,8 +309,10 @@ def _read(text: str, hint: Any, where: str) -> Any:
 
 
 def _describe(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "None"}
+    options = _options(hint)
+    if set(options) == {int, float}:
+        return "a whole number or a fraction"
     parts: list[str] = []
-    for option in _options(hint):
-        parts += [repr(word) for word in get_args(option)] if get_origin(option) is Literal else [words[option]]
+    for option in options:
+        parts += [repr(word) for word in get_args(option)] if get_origin(option) is Literal else [WORDS[option]]
     return " or ".join(parts)

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -63,6 +63,8 @@ def views(
             lighter its token, from blue to yellow. Survivors are outlined as ever.
         largest: of a picture's longer side, in pixels; smaller pictures grow by a whole number.
     """
+    if fit not in get_args(Fit):
+        raise VtcError(f"fit is {fit!r}; use one of {', '.join(map(repr, get_args(Fit)))}")
     pictures = [enlarge(picture.convert("RGB"), largest) for picture in _pictures(images, layout)]
     if kept is None:
         return pictures

@@ -32,13 +32,13 @@ class StageReport:
 
     spec: str
     layer: int
-    kept: tuple[tuple[int, ...], ...]
-    sources: tuple[tuple[int, ...] | None, ...]
+    kept: tuple[tuple[int, ...], ...] = field(repr=False)
+    sources: tuple[tuple[int, ...] | None, ...] = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What one compressed call did.
+    """What one compressed call did. `print` tells it in a few lines.
 
     Attributes:
         spec: the compressors, joined by `+`.
@@ -67,7 +67,7 @@ class Report:
     lengths: tuple[int, ...]
     prefill_flops: int
     prefill_flops_full: int
-    fit: Literal["crop", "resize"] = field(default="crop", repr=False)
+    fit: Literal["crop", "resize"] = "crop"
 
     @property
     def tokens_in(self) -> int:
@@ -84,9 +84,11 @@ class Report:
         """Length of the (padded) prompt in the last decoder layer."""
         return self.lengths[-1]
 
+    def __repr__(self) -> str:
+        return f"<vtc.Report {self._summary()}>"
+
     def __str__(self) -> str:
-        ratio = self.prefill_flops / self.prefill_flops_full
-        lines = [f"{self.spec}: {self.tokens_in} -> {self.tokens_out} visual tokens, {ratio:.2f}x prefill FLOPs"]
+        lines = [self._summary()]
         for number, layout in enumerate(self.layouts):
             counts = [layout.tokens, *(len(stage.kept[number]) for stage in self.stages)]
             steps = " -> ".join(str(count) for count in counts)
@@ -95,6 +97,10 @@ class Report:
             places = [f"layer {stage.layer}" if stage.layer else "input" for stage in self.stages]
             lines.append(f"  in front of: {', '.join(places)}")
         return "\n".join(lines)
+
+    def _summary(self) -> str:
+        ratio = self.prefill_flops / self.prefill_flops_full
+        return f"{self.spec}: {self.tokens_in} -> {self.tokens_out} visual tokens, {ratio:.2f}x prefill FLOPs"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready data."""
@@ -175,7 +181,7 @@ class Report:
     def _after(self, number: int, stage: int | None) -> tuple[Layout, tuple[int, ...], tuple[int, ...] | None]:
         """Layout of a visual input, and what was left of it and where the others went after a stage."""
         if not 0 <= number < len(self.kept):
-            raise VtcError(f"the call had {len(self.kept)} visual inputs; there is no number {number}")
+            raise VtcError(f"the call had {len(self.kept)} visual inputs, from 0; there is no number {number}")
         if stage is not None and not -len(self.stages) <= stage < len(self.stages):
             raise VtcError(f"the call had {len(self.stages)} stages; there is no stage {stage}")
         at = self if stage is None else self.stages[stage]

@@ -55,6 +55,8 @@ def compress(model: nn.Module, spec: str | Compressor | Iterable[str | Compresso
 
 def restore(model: nn.Module) -> None:
     """Undo `compress`: the model is bit for bit what it was. Does nothing to a model that is not compressed."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None)
@@ -121,6 +123,10 @@ class Session:
         encoder = self.adapter.encoder_info
         if compressor.site not in NEEDS:
             raise SpecError(f"{compressor.name} acts at site '{compressor.site}'; there is {' and '.join(NEEDS)}")
+        if not isinstance(compressor.needs, set | frozenset):
+            raise SpecError(
+                f"{compressor.name}: needs is {compressor.needs!r}; it is a set, for example frozenset({{'features'}})"
+            )
         known = NEEDS[compressor.site]
         unknown = compressor.needs - known
         if unknown:
@@ -182,11 +188,11 @@ def _alternatives(compressor: Compressor) -> str:
     """What works on an encoder without a class token: options of this strategy, and other strategies."""
     hints = get_type_hints(type(compressor))
     options = [
-        f"{compressor.name}:{item.name}={value}"
+        str(other)
         for item in fields(compressor)
         if get_origin(hints[item.name]) is Literal
         for value in get_args(hints[item.name])
-        if not replace(compressor, **{item.name: value}).needs & {"cls", "logits"}
+        if not (other := replace(compressor, **{item.name: value})).needs & {"cls", "logits"}
     ]
     others = [name for name in available() if name != "none" and not strategy(name)().needs & {"cls", "logits"}]
     return f"use {', '.join(options + others)}"
