@@ -9,6 +9,7 @@ import torch
 from chip import SHARED_MEMORY, Chip
 from torch import Tensor
 
+from benchmarks.kernel import candidates
 from vtc.kernels.assign import triton as assign
 from vtc.kernels.greedy import triton as greedy
 from vtc.kernels.merge import triton as merge
@@ -84,6 +85,12 @@ CASES: dict[str, Callable[[], object]] = {
     "merge-video": lambda: gather(6272, 627, 3584, torch.float16),
     "merge-float32": lambda: gather(576, 64, 1152, torch.float32),
     "merge-one": lambda: gather(1, 1, 1, HALF),
+    # Not of the library: candidates that the benchmark times.
+    "compact-llava": lambda: candidates.compact(
+        empty(8, 616, 4096), long(1, 8, 616), long(8, 616).bool(), long(8, 104)
+    ),
+    "compact-mrope": lambda: candidates.compact(empty(1, 99, 3584), long(3, 1, 99), long(1, 99).bool(), long(1, 9)),
+    "frames-video": lambda: candidates.frame_similarity(empty(32, 196, 3584)),
     **{f"peaks-{n}": lambda n=n: peaks.density_peaks(empty(2, n, 16), 7) for n in (1, 196, 729, 2880, 4096)},
 }
 TENSOR_CORES = {"normaliser_kernel", "received_kernel"}
