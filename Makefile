@@ -86,8 +86,11 @@ gpu: $(gpu_ready)
 
 gpu-tests: $(gpu_ready)
 	@mkdir -p $(GPU_OUT)
-	$(GPU_PYTHON) -m pytest -k gpu -n 4 -q tests/gpu.py \
-		tests/test_select.py tests/test_strategies.py tests/test_decoder_strategies.py $(call into,tests)
+	{ code=0; \
+		$(GPU_PYTHON) -m pytest -n 4 -q tests/kernels/test_kernels.py -p on_gpu $(TESTS) || code=1; \
+		$(GPU_PYTHON) -m pytest -n 4 -q tests/gpu.py $(TESTS) || code=1; \
+		$(GPU_PYTHON) -m pytest -q -k gpu $(addprefix tests/test_,select.py strategies.py decoder_strategies.py) || code=1; \
+		exit $$code; } $(call into,tests)
 
 gpu-kernels: $(gpu_ready)
 	$(GPU_PYTHON) benchmarks/kernels.py $(GPU_KERNELS) --out $(GPU_OUT)/kernels.md
