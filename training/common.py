@@ -23,6 +23,8 @@ import torch.distributed
 import torch.multiprocessing
 from torch import nn
 
+SAVE_EVERY = 50  # steps
+
 
 @dataclass(frozen=True)
 class Group:
@@ -162,6 +164,52 @@ class Log:
             rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps(rounded) + "\n")
+
+
+class Trainer:
+    """Model and heads of one worker, and the loop over the steps of a stage. A subclass says what a step is."""
+
+    report_every = 25  # steps
+
+    def __init__(self, group: Group, folder: Path, log: Log, model: nn.Module, heads: nn.Module) -> None:
+        self.group, self.folder, self.log, self.model, self.heads = group, folder, log, model, heads
+
+    def optimizers(self, stage: Any) -> tuple[list[MuonAdamW], list[nn.Parameter]]:
+        """The optimisers of a stage, and all that they train."""
+        raise NotImplementedError
+
+    def learn(self, stage: Any, step: int) -> dict[str, float]:
+        """Back-propagate this worker's part of a step; its losses and accuracies, for the log."""
+        raise NotImplementedError
+
+    def report(self, stage: Any, done: int) -> dict[str, Any]:
+        """What else the log says after so many steps."""
+        raise NotImplementedError
+
+    def run(self, stage: Any) -> None:
+        """Train one stage, or what is left of it. Stages have a name, their steps, and what `schedule` needs."""
+        optimizers, parameters = self.optimizers(stage)
+        modules = {"model": self.model, "heads": self.heads}
+        path = self.folder / f"{stage.name}.pt"
+        begin = restore(path, optimizers, **modules) if path.exists() else 0
+        gradients = FlatGradients(parameters, self.group)
+        sums: dict[str, float] = {}
+        for step in range(begin, stage.steps):
+            gradients.zero()
+            found = self.learn(stage, step)
+            found["norm"] = gradients.average()
+            factor = schedule(step, stage.steps, stage.warmup, stage.floor)
+            for optimizer in optimizers:
+                optimizer.step(factor)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value / self.report_every
+            done = step + 1
+            if done % self.report_every == 0:
+                if self.group.first:
+                    self.log.write(stage=stage.name, step=done, factor=factor, **sums, **self.report(stage, done))
+                sums = {}
+            if self.group.first and (done % SAVE_EVERY == 0 or done == stage.steps):
+                save(path, checkpoint(done, optimizers, **modules))
 
 
 def command(description: str, name: str, trainer: Callable[..., Any], stages: Sequence[Any], workers: int = 1) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +43,11 @@ class Pack:
     types: torch.Tensor  # (B, K): index into the types of questions, -1 for an unused slot
 
 
-def draw(scene: Scene, slots: int, rng: random.Random) -> list[Question]:
-    """At most `slots` questions of a scene, by weight and without replacement, re-phrased now and then."""
-    keys = {question: rng.random() ** (1 / WEIGHTS[question.type]) for question in scene.questions}
+def draw(
+    questions: Sequence[Question], slots: int, rng: random.Random, weights: Mapping[str, float] = WEIGHTS
+) -> list[Question]:
+    """At most `slots` questions, by the weight of their type and without replacement, re-phrased now and then."""
+    keys = {question: rng.random() ** (1 / weights[question.type]) for question in questions}
     drawn = sorted(keys, key=keys.__getitem__, reverse=True)[:slots]
     return [Question(q.type, text.rephrase(q.text, rng), q.answer) for q in drawn]
 

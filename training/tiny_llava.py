@@ -37,8 +37,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from training import packing, text
-from training.common import FlatGradients, Group, Log, MuonAdamW, checkpoint, command, restore, save, schedule
+from training import common, packing, text
+from training.common import Group, Log, MuonAdamW, command
 from vtc.eval.content import COLOURS, DIGITS, SHAPES, WORDS
 from vtc.eval.scenes import QUESTION_TYPES, Scene, Scenes
 
@@ -73,8 +73,6 @@ STAGES = (
     Stage("joint", 800, 36, 128, (3, 6), 0.02, 1e-3, 1.0, 1, 30_000_000, answers=True, tower=0.5),
     Stage("settle", 1050, 36, 128, (3, 6), 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
 )
-SAVE_EVERY = 50
-REPORT_EVERY = 50
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -248,14 +246,15 @@ class Heads(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-class Trainer:
-    """Model, heads and random state of one worker."""
+class Trainer(common.Trainer):
+    """Learns scenes."""
+
+    report_every = 50
 
     def __init__(self, group: Group, folder: Path, log: Log) -> None:
-        self.group, self.folder, self.log = group, folder, log
         torch.manual_seed(0)
-        self.model = build()
-        self.heads = Heads(self.model.config.vision_config.hidden_size)
+        model = build()
+        super().__init__(group, folder, log, model, Heads(model.config.vision_config.hidden_size))
         self.carried: list[MuonAdamW] = []
         self.held_out = [Scenes("val")[seed] for seed in range(100)]
 
@@ -280,7 +279,7 @@ class Trainer:
             out = {"cls": cls.item(), "patch": patch.item(), "kind": kind}
             if not stage.answers:
                 return out | {"loss": 0.3 * cls + patch}
-            asked = [packing.draw(scene, QUESTIONS, rng) for scene, rng in zip(scenes, rngs, strict=True)]
+            asked = [packing.draw(scene.questions, QUESTIONS, rng) for scene, rng in zip(scenes, rngs, strict=True)]
             packed = packing.pack(asked, QUESTIONS)
             shown = torch.where((t.kind > 0)[..., None], patches, patches.detach())
             hidden = packing.hidden(self.model, self.model.model.multi_modal_projector(shown), packed)
@@ -319,34 +318,16 @@ class Trainer:
             self.carried = optimizers
         return optimizers, [p for _, p in vision + language]
 
-    def run(self, stage: Stage) -> None:
-        """Train one stage, or what is left of it."""
-        optimizers, parameters = self.optimizers(stage)
-        modules = {"model": self.model, "heads": self.heads}
-        path = self.folder / f"{stage.name}.pt"
-        begin = restore(path, optimizers, **modules) if path.exists() else 0
-        gradients = FlatGradients(parameters, self.group)
-        data, sums = Scenes("train", stage.canvas, things=stage.things), {}
-        for step in range(begin, stage.steps):
-            seeds = self.group.share(stage.first_seed + step * stage.batch, stage.batch)
-            out = self.losses(stage, [data[seed] for seed in seeds], seeds)
-            gradients.zero()
-            out.pop("loss").backward()
-            norm = gradients.average()
-            factor = schedule(step, stage.steps, stage.warmup, stage.floor)
-            for optimizer in optimizers:
-                optimizer.step(factor)
-            for name, value in (out | {"norm": norm}).items():
-                sums[name] = sums.get(name, 0.0) + value / REPORT_EVERY
-            done = step + 1
-            if done % REPORT_EVERY == 0:
-                if self.group.first:
-                    scores = self.validate(stage) if stage.answers and done % (2 * REPORT_EVERY) == 0 else {}
-                    progress = {"stage": stage.name, "step": done, "scenes": done * stage.batch, "factor": factor}
-                    self.log.write(**progress, **sums, **scores)
-                sums = {}
-            if self.group.first and (done % SAVE_EVERY == 0 or done == stage.steps):
-                save(path, checkpoint(done, optimizers, **modules))
+    def learn(self, stage: Stage, step: int) -> dict[str, float]:
+        data = Scenes("train", stage.canvas, things=stage.things)
+        seeds = self.group.share(stage.first_seed + step * stage.batch, stage.batch)
+        out = self.losses(stage, [data[seed] for seed in seeds], seeds)
+        out.pop("loss").backward()
+        return out
+
+    def report(self, stage: Stage, done: int) -> dict[str, float]:
+        scores = self.validate(stage) if stage.answers and done % (2 * self.report_every) == 0 else {}
+        return {"scenes": done * stage.batch, **scores}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -35,8 +36,8 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 import vtc.zoo
-from training import packing, text
-from training.common import FlatGradients, Group, Log, MuonAdamW, checkpoint, command, restore, save, schedule
+from training import common, packing, text
+from training.common import Group, Log, MuonAdamW, command
 from training.tiny_llava import KINDS, MAX_OF_A_SHAPE, TINTS, Heads, Targets, look
 from vtc.eval.content import SHAPES, WORDS
 from vtc.eval.posters import QUESTION_TYPES, Poster, Posters
@@ -69,8 +70,6 @@ STAGES = (
     Stage("answers", 300, 24, 0.015, 1e-3, 1.0, 60, 10_000_000, answers=True),
     Stage("settle", 450, 24, 0.015, 1e-3, 0.005, 1, 20_000_000, answers=True),
 )
-SAVE_EVERY = 50
-REPORT_EVERY = 25
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -243,14 +242,13 @@ def encode(model: LlavaNextForConditionalGeneration, posters: Sequence[Poster]) 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-class Trainer:
-    """Model and heads of one worker."""
+class Trainer(common.Trainer):
+    """Learns posters."""
 
     def __init__(self, group: Group, folder: Path, log: Log) -> None:
-        self.group, self.folder, self.log = group, folder, log
         torch.manual_seed(0)
-        self.model = build()
-        self.heads = Heads(self.model.config.vision_config.hidden_size)
+        model = build()
+        super().__init__(group, folder, log, model, Heads(model.config.vision_config.hidden_size))
         self.data = Posters("train")
         self.held_out = [Posters("val")[seed] for seed in range(100)]
 
@@ -268,7 +266,7 @@ class Trainer:
         """Back-propagates poster by poster, which needs no padding and little memory."""
         right, loss, tokens = [], 0.0, 0
         for poster, rng in zip(posters, rngs, strict=True):
-            packed = packing.pack([packing.draw(poster, QUESTIONS, rng)], QUESTIONS, types=QUESTION_TYPES)
+            packed = packing.pack([packing.draw(poster.questions, QUESTIONS, rng)], QUESTIONS, types=QUESTION_TYPES)
             with torch.autocast("cpu", torch.bfloat16):
                 (features,) = encode(self.model, [poster])
                 answer, good = packing.answer(self.model, packing.hidden(self.model, features[None], packed), packed)
@@ -295,42 +293,25 @@ class Trainer:
         # The mean over types, because the evaluation set has all types equally often.
         return {"val": sum(scores.values()) / len(scores), **{f"val_{name}": v for name, v in scores.items()}}
 
-    def run(self, stage: Stage) -> None:
-        """Train one stage, or what is left of it."""
+    def optimizers(self, stage: Stage) -> tuple[list[MuonAdamW], list[nn.Parameter]]:
         tower = list(self.model.model.vision_tower.named_parameters())
         known = {id(p) for _, p in tower}
         rest = [(n, p) for n, p in self.model.named_parameters() if id(p) not in known]
         trained = rest if stage.answers else tower + list(self.heads.named_parameters())
-        optimizers = [MuonAdamW(trained, stage.muon, stage.adamw)]
-        modules = {"model": self.model, "heads": self.heads}
-        path = self.folder / f"{stage.name}.pt"
-        begin = restore(path, optimizers, **modules) if path.exists() else 0
-        gradients = FlatGradients([p for _, p in trained], self.group)
-        sums: dict[str, float] = {}
-        for step in range(begin, stage.steps):
-            seeds = self.group.share(stage.first_seed + step * stage.batch, stage.batch)
-            posters = [self.data[seed] for seed in seeds]
-            gradients.zero()
-            if stage.answers:
-                out = self.answer_losses(posters, [random.Random(f"{stage.name}-{seed}") for seed in seeds])
-            else:
-                out = self.tile_losses(step, posters)
-                out.pop("loss").backward()
-            norm = gradients.average()
-            factor = schedule(step, stage.steps, stage.warmup, stage.floor)
-            for optimizer in optimizers:
-                optimizer.step(factor)
-            for name, value in (out | {"norm": norm}).items():
-                sums[name] = sums.get(name, 0.0) + value / REPORT_EVERY
-            done = step + 1
-            if done % REPORT_EVERY == 0:
-                if self.group.first:
-                    scores = self.validate() if stage.answers and done % (2 * REPORT_EVERY) == 0 else {}
-                    progress = {"stage": stage.name, "step": done, "posters": done * stage.batch, "factor": factor}
-                    self.log.write(**progress, **sums, **scores)
-                sums = {}
-            if self.group.first and (done % SAVE_EVERY == 0 or done == stage.steps):
-                save(path, checkpoint(done, optimizers, **modules))
+        return [MuonAdamW(trained, stage.muon, stage.adamw)], [p for _, p in trained]
+
+    def learn(self, stage: Stage, step: int) -> dict[str, float]:
+        seeds = self.group.share(stage.first_seed + step * stage.batch, stage.batch)
+        posters = [self.data[seed] for seed in seeds]
+        if stage.answers:
+            return self.answer_losses(posters, [random.Random(f"{stage.name}-{seed}") for seed in seeds])
+        out = self.tile_losses(step, posters)
+        out.pop("loss").backward()
+        return out
+
+    def report(self, stage: Stage, done: int) -> dict[str, float]:
+        scores = self.validate() if stage.answers and done % (2 * self.report_every) == 0 else {}
+        return {"posters": done * stage.batch, **scores}
 
 
 if __name__ == "__main__":

@@ -425,13 +425,6 @@ def _placed(picture: Clip, owner: np.ndarray, number: int) -> np.ndarray:
     return table
 
 
-def draw(questions: Sequence[Question], slots: int, rng: random.Random) -> list[Question]:
-    """At most `slots` questions, by weight and without replacement, re-phrased now and then."""
-    keys = {question: rng.random() ** (1 / WEIGHTS[question.type]) for question in questions}
-    drawn = sorted(keys, key=keys.__getitem__, reverse=True)[:slots]
-    return [Question(q.type, text.rephrase(q.text, rng), q.answer) for q in drawn]
-
-
 def pack(rows: Sequence[Sequence[Question]], slots: int) -> Pack:
     return packing.pack(rows, slots, LANGUAGE, QUESTION_TYPES)
 
@@ -508,7 +501,7 @@ class Trainer:
             yield {"loss": 0.5 * out.pop("loss"), **{f"still_{name}": value for name, value in out.items()}}
 
     def loss(self, shown: Shown, slots: int, rng: random.Random) -> dict[str, torch.Tensor | float]:
-        packed = pack([draw(asked, slots, rng) for asked in shown.asked], slots)
+        packed = pack([packing.draw(asked, slots, rng, WEIGHTS) for asked in shown.asked], slots)
         used = packed.types >= 0
         with torch.autocast("cpu", torch.bfloat16):
             answer, right = packing.answer(self.model, self.hidden(shown, packed), packed)

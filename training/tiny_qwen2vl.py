@@ -32,8 +32,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 import vtc.zoo
-from training import packing, text
-from training.common import FlatGradients, Group, Log, MuonAdamW, checkpoint, command, restore, save, schedule
+from training import common, packing, text
+from training.common import Group, Log, MuonAdamW, command
 from training.text import Language
 from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, WORDS
 from vtc.eval.items import Question
@@ -84,8 +84,6 @@ STAGES = (
     Stage("joint", 800, (14, 14), 8, 0.02, 1e-3, 1.0, 50, 20_000_000, answers=True, tower=0.5),
     Stage("settle", 1250, (14, 14), 8, 0.02, 1e-3, 0.01, 1, 40_000_000, answers=True, tower=0.5),
 )
-SAVE_EVERY = 50
-REPORT_EVERY = 25
 VALIDATE_EVERY = 100
 
 
@@ -343,22 +341,14 @@ def merged(t: Targets) -> Targets:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def draw(questions: Sequence[Question], slots: int, rng: random.Random) -> list[Question]:
-    """At most `slots` questions, by weight and without replacement, re-phrased now and then."""
-    keys = {question: rng.random() ** (1 / WEIGHTS[question.type]) for question in questions}
-    drawn = sorted(keys, key=keys.__getitem__, reverse=True)[:slots]
-    return [Question(q.type, text.rephrase(q.text, rng), q.answer) for q in drawn]
-
-
-class Trainer:
-    """Model, heads and random state of one worker."""
+class Trainer(common.Trainer):
+    """Learns media of many sizes."""
 
     def __init__(self, group: Group, folder: Path, log: Log) -> None:
-        self.group, self.folder, self.log = group, folder, log
         torch.manual_seed(0)
-        self.model = build()
-        vision = self.model.config.vision_config
-        self.heads = Heads(vision.embed_dim, vision.hidden_size)
+        model = build()
+        vision = model.config.vision_config
+        super().__init__(group, folder, log, model, Heads(vision.embed_dim, vision.hidden_size))
         self.carried: list[MuonAdamW] = []
         rng = random.Random(0)
         sizes = [layout(rng, False) for _ in range(9)] + [CLIPS[i] for i in (0, 2, 3, 4, 7)]
@@ -402,7 +392,9 @@ class Trainer:
             if not stage.answers:
                 return out | {"loss": 0.5 * early + late + 0.5 * token}
             rngs = [random.Random(f"{stage.name}-{seed}") for seed in seeds]
-            asked = [draw(scene.questions, QUESTIONS, rng) for scene, rng in zip(scenes, rngs, strict=True)]
+            asked = [
+                packing.draw(scene.questions, QUESTIONS, rng, WEIGHTS) for scene, rng in zip(scenes, rngs, strict=True)
+            ]
             packed = packing.pack(asked, max(map(len, asked)), LANGUAGE, QUESTION_TYPES)
             shown = torch.where((cells.kind > 0)[..., None], tokens, tokens.detach())
             with self.inner() as inner:
@@ -464,36 +456,19 @@ class Trainer:
             self.carried = optimizers
         return optimizers, parameters
 
-    def run(self, stage: Stage) -> None:
-        """Train one stage, or what is left of it."""
-        optimizers, parameters = self.optimizers(stage)
-        modules = {"model": self.model, "heads": self.heads}
-        path = self.folder / f"{stage.name}.pt"
-        begin = restore(path, optimizers, **modules) if path.exists() else 0
-        gradients = FlatGradients(parameters, self.group)
+    def learn(self, stage: Stage, step: int) -> dict[str, float]:
         media = sum(stage.pictures) + stage.clips
         sums: dict[str, float] = {}
-        for step in range(begin, stage.steps):
-            gradients.zero()
-            for scenes, seeds, count in self.groups(stage, step):
-                out = self.losses(stage, scenes, seeds)
-                (out.pop("loss") * (count / media)).backward()
-                for name, value in out.items():
-                    sums[name] = sums.get(name, 0.0) + value * count / media / REPORT_EVERY
-            norm = gradients.average()
-            sums["norm"] = sums.get("norm", 0.0) + norm / REPORT_EVERY
-            factor = schedule(step, stage.steps, stage.warmup, stage.floor)
-            for optimizer in optimizers:
-                optimizer.step(factor)
-            done = step + 1
-            if done % REPORT_EVERY == 0:
-                if self.group.first:
-                    scores = self.validate() if stage.answers and done % VALIDATE_EVERY == 0 else {}
-                    progress = {"stage": stage.name, "step": done, "media": done * media, "factor": factor}
-                    self.log.write(**progress, **sums, **scores)
-                sums = {}
-            if self.group.first and (done % SAVE_EVERY == 0 or done == stage.steps):
-                save(path, checkpoint(done, optimizers, **modules))
+        for scenes, seeds, count in self.groups(stage, step):
+            out = self.losses(stage, scenes, seeds)
+            (out.pop("loss") * (count / media)).backward()
+            for name, value in out.items():
+                sums[name] = sums.get(name, 0.0) + value * count / media
+        return sums
+
+    def report(self, stage: Stage, done: int) -> dict[str, float]:
+        scores = self.validate() if stage.answers and done % VALIDATE_EVERY == 0 else {}
+        return {"media": done * (sum(stage.pictures) + stage.clips), **scores}
 
 
 if __name__ == "__main__":
