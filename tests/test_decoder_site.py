@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, QuantizedLayer
 
 import vtc
 from families import (
@@ -525,6 +526,36 @@ def test_sessions_replaced_between_turns() -> None:
 
 
 # What cannot be
+
+
+class Elsewhere(QuantizedLayer):
+    """Keys and values where quantised ones are, without the loss."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
+        return tensor
+
+    def _dequantize(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("spec", ["fastv:keep=5,layer=2", "todre-inner:layer=2,tau=0.9"])
+@torch.no_grad()
+def test_quantised_keys(spec: str) -> None:
+    """The layer's own keys are computed anew; those of earlier calls cannot be."""
+    family = FAMILIES["llava"]
+    model, inputs = family.model(), family.batch([TWO_IMAGES, ONE_IMAGE]).inputs()
+    word, cache = torch.tensor([[20], [21]]), Cache(layers=[Elsewhere() for _ in range(LAYERS)])
+    with vtc.compress(model, spec) as run:
+        expected = [model(**inputs).logits]
+        first = run.last.kept  # type: ignore[union-attr]
+        found = [model(**inputs, past_key_values=cache).logits]
+        assert run.last.kept == first  # type: ignore[union-attr]
+        plain = model(**inputs).past_key_values
+        for held, logits in ((plain, expected), (cache, found)):
+            logits.append(model(input_ids=word, past_key_values=held).logits)
+        assert all(near(*pair) for pair in zip(found, expected, strict=True))
+        with pytest.raises(vtc.VtcError, match="quantised keys"):
+            model(**{**inputs, "attention_mask": None}, past_key_values=cache)
 
 
 @torch.no_grad()

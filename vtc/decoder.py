@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.errors import UnsupportedModelError
+from vtc.errors import UnsupportedModelError, VtcError
 from vtc.kernels import query_rows
 from vtc.kernels.cosine import full_precision
 
@@ -127,13 +127,21 @@ def _keys(probe: Probe) -> Tensor:
     """`(B, P + K, G, head_dim)`: rotated keys of the layer, from the cache as far as it has them."""
     attention, size = probe.layer.self_attn, probe.past + probe.hidden.shape[1]
     layers = [] if probe.cache is None else probe.cache.layers
-    held = layers[attention.layer_idx] if len(layers) > attention.layer_idx else None
-    held = held.keys if held is not None and held.is_initialized else None  # (B, G, L, head_dim)
-    if held is not None and probe.ran:
-        return held[:, :, :size].transpose(1, 2)
+    layer = layers[attention.layer_idx] if len(layers) > attention.layer_idx else None
+    held = layer.keys if layer is not None and layer.is_initialized else None  # (B, G, L, head_dim)
+    quantised = getattr(layer, "_quantized_keys", None) is not None  # then these are only those not yet quantised
+    if held is not None and probe.ran and not quantised:
+        return held[:, :, :size].to(probe.hidden.device).transpose(1, 2)
     key = _heads(attention, "k", probe.layer.input_layernorm(probe.hidden))
     key = _rotate(attention, key, *probe.rotation)
-    return key if held is None or not probe.past else torch.cat([held[:, :, : probe.past].transpose(1, 2), key], dim=1)
+    if held is None or not probe.past:
+        return key
+    if quantised:
+        raise VtcError(
+            f"attention to earlier tokens cannot be read from a {type(probe.cache).__name__} of quantised keys: use "
+            "another cache, start a new one, or use a strategy that acts before the language model"
+        )
+    return torch.cat([held[:, :, : probe.past].to(key.device).transpose(1, 2), key], dim=1)
 
 
 def _heads(attention: Any, kind: str, hidden: Tensor) -> Tensor:
