@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from benchmarks.kernel import candidates, loops
-from benchmarks.kernel.log import COPY, PREFILL, PRODUCT
+from benchmarks.kernel.log import CENTER, COPY, FRAMES, PREFILL, PRODUCT, WHOLE
 from benchmarks.kernel.timing import Bench, Call
 from vtc.boundary import Places, Shrink, Stretch
 from vtc.choice import Group
@@ -77,8 +77,7 @@ def plans(bench: Bench) -> list[Plan]:
         *cluster_plans(bench),
         *candidate_plans(bench),
     ]
-    first = (COPY, PRODUCT, PREFILL, "whole selection", "k-center LLaVA-1.5", "received SigLIP")
-    return sorted(found, key=lambda plan: not plan.name.startswith(first))
+    return sorted(found, key=lambda plan: plan.name not in (COPY, PRODUCT, PREFILL, CENTER, WHOLE, FRAMES))
 
 
 # --- how far from right

@@ -87,6 +87,8 @@ class Log:
 # --- the ceilings, and the prefill that selection is compared with, are cases too
 
 COPY, PRODUCT, PREFILL = "ceiling: copy", "ceiling: matrix product", "prefill of a 7B model"
+CENTER, WHOLE = "k-center LLaVA-1.5 1 x 576 -> 64", "whole selection LLaVA-1.5 1 x 576 -> 64"
+FRAMES = "received SigLIP, 32 frames 32 x 729"
 
 
 def ceilings(log: Log) -> tuple[float | None, float | None]:
@@ -154,17 +156,16 @@ def _best(result: Result) -> float | None:
 def targets(log: Log) -> list[str]:
     """Eager is compared with eager, and replayed with replayed; which of the two is judged, the line says."""
 
-    def pair(kind: str, name: str = "triton") -> Times:
-        found = next((result for key, result in log.results.items() if key.startswith(kind)), None)
-        return (None, None) if found is None else (found.time(name, False), found.time(name, True))
+    def pair(case: str, name: str = "triton") -> Times:
+        found = log.results.get(case, Result(case))
+        return found.time(name, False), found.time(name, True)
 
     def ratio(above: Times, below: Times, scale: float = 1.0) -> Times:
         eager, graph = (scale * a / b if a and b else None for a, b in zip(above, below, strict=True))
         return eager, graph
 
-    center, frames, selection = pair("k-center LLaVA-1.5"), pair("received SigLIP"), pair("whole selection")
-    faster, less = ratio(pair("k-center LLaVA-1.5", "loop"), center), ratio(pair("received SigLIP", "loop"), frames)
-    share = ratio(selection, pair(PREFILL, "torch"), 100)
+    center, share = pair(CENTER), ratio(pair(WHOLE), pair(PREFILL, "torch"), 100)
+    faster, less = ratio(pair(CENTER, "loop"), center), ratio(pair(FRAMES, "loop"), pair(FRAMES))
     lines = []
     for text, values, judged, met in [
         ("k-center 576 -> 64: microseconds, replayed at most 60", center, center[1:], lambda v: v <= 60),

@@ -6,7 +6,7 @@ result in a few launches, and is imported the first time it runs. What runs is d
 the same in every run.
 
 Not here: gathering the features, positions and masks of the survivors. Those are `torch.gather`s, bound by memory like
-any kernel; one launch instead of three has not been shown to pay.
+any kernel; that one launch instead of three pays has not been shown. `benchmarks/kernels.py` compares.
 """
 
 from __future__ import annotations

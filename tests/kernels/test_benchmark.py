@@ -1,0 +1,97 @@
+"""The benchmark of the kernels loses nothing when a case goes wrong, and compares like with like."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import kernels
+from benchmarks.kernel.log import CENTER, FRAMES, PREFILL, WHOLE, Log, Result, row, table, targets
+
+WORKER = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from benchmarks.kernel.log import Log, Result
+
+log = Log(Path({path!r}), fresh=False)
+for name in ("fine", "crash", "again", "hang", "last"):
+    if name in log.results:
+        continue
+    log.begin(name)
+    if name == "crash":
+        log.add(Result(name, times=dict(triton=(7.0, 5.0))), more=True)
+        os.abort()
+    if name == "hang":
+        time.sleep(60)
+    log.add(Result(name))
+    if name == "again":
+        sys.exit(75)
+sys.exit(1 if log.failed else 0)
+"""
+
+
+def test_another_process_goes_on_where_one_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script, out = tmp_path / "worker.py", tmp_path / "table.md"
+    root = str(Path(kernels.__file__).parents[1])
+    script.write_text(WORKER.format(root=root, path=str(out.with_suffix(".jsonl"))))
+    monkeypatch.setattr(kernels, "__file__", str(script))
+    monkeypatch.setattr(kernels, "SILENCE", 2)
+    monkeypatch.setattr(sys, "argv", ["kernels.py"])
+    assert kernels.supervise(argparse.Namespace(out=out, resume=False, minutes=1.0)) == 1
+    results = Log(out.with_suffix(".jsonl"), fresh=False).results
+    assert list(results) == ["fine", "crash", "again", "hang", "last"]
+    assert [name for name, result in results.items() if result.failed] == ["crash", "hang"]
+    assert results["crash"].time("triton", graph=True) == 5.0 and "exit code -6" in results["crash"].notes[0]
+    assert "fell silent" in results["hang"].notes[0]
+
+
+def test_eager_is_compared_with_eager(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl", fresh=True)
+    log.describe("somewhere; today")
+    log.add(Result(CENTER, times={"triton": (100.0, 50.0), "loop": (1900.0, 1000.0)}))
+    log.add(Result(WHOLE, times={"triton": (300.0, 60.0)}))
+    log.add(Result(PREFILL, times={"torch": (20000.0, 4000.0)}))
+    time, faster, less, share = (line.split(" | ")[1:] for line in targets(log))
+    assert time == ["eager 100.00, replayed 50.00", "yes |"]  # replayed
+    assert faster == ["eager 19.00, replayed 20.00", "no |"]  # eager
+    assert less == ["", "not measured |"]
+    assert share == ["eager 1.50, replayed 1.50", "yes |"]  # both
+    log.add(Result(WHOLE, times={"triton": (300.0, 90.0)}))
+    assert targets(log)[3].endswith("eager 1.50, replayed 2.25 | no |")
+    assert "Partial: 3 cases" in table(log, 3) and "Partial" not in table(log, 0)
+
+
+def test_shares_of_the_ceilings() -> None:
+    """Of what was replayed, if anything was; in a row whose Triton kernel is wrong, of torch."""
+    result = Result("a case", (2e6, 3e6), {"triton": (9.0, 4.0), "torch": (7.0, 5.0), "loop": (1.0, 1.0)})
+    assert row(result, 1e6, 3e6).endswith("| 1.0 | 1.0 | 50.0 | 25.0 |")
+    result = Result("a case", (2e6, 0.0), {"torch": (8.0, None)}, {"triton": "wrong"})
+    assert row(result, 1e6, None) == "| a case | wrong |  | 8.0 |  |  |  |  |  | 25.0 |  |"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
+class TestCases:
+    def test_targets_are_among_the_cases(self) -> None:
+        from benchmarks.kernel.cases import plans
+
+        real: Any = SimpleNamespace(small=False, size=lambda n: n, few=lambda n: n)
+        names = [plan.name for plan in plans(real)]
+        assert len(names) == len(set(names)) and {CENTER, FRAMES, PREFILL, WHOLE} <= set(names[:6])
+
+    @pytest.mark.parametrize("rows", [1, 2, 8, 16])
+    def test_relaunched_kernels_cover_everything(self, rows: int) -> None:
+        from benchmarks.kernel.tune import Launch
+
+        grids = []
+        kernel_class = type("Kernel", (), {"__getitem__": lambda self, grid: lambda *a, **o: grids.append((grid, o))})
+        kernel = kernel_class()
+        for n in (1, 15, 577):
+            Launch("assign_kernel", kernel, (-(-n // 8), 3), (), {"ROWS": 8, "SLOTS": 128}).run(ROWS=rows)
+            (first, batch), options = grids.pop()
+            assert first * rows >= n and batch == 3 and options["ROWS"] == rows
