@@ -259,6 +259,21 @@ def test_a_copied_cache_is_its_own(model: Any) -> None:
             prefix.crop(5)
 
 
+@pytest.mark.parametrize("spec", [*SPECS, "fastv:keep=4,layer=2"])
+@torch.no_grad()
+def test_hooks_of_others_see_the_old_lengths(model: Any, spec: str) -> None:
+    inputs, text, seen = batch(1, 2).inputs(), model.model.language_model, []
+
+    def note(module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
+        seen.append((kwargs["inputs_embeds"] if output is None else output.last_hidden_state).shape[:2])
+
+    text.register_forward_pre_hook(note, with_kwargs=True)
+    text.register_forward_hook(note, with_kwargs=True)
+    with vtc.compress(model, spec):
+        model(**inputs)
+    assert seen == [inputs["input_ids"].shape] * 2
+
+
 @every_spec
 @torch.no_grad()
 def test_a_saved_cache_goes_on(model: Any, spec: str) -> None:

@@ -139,6 +139,20 @@ def test_a_compressed_model_is_not_copied(part: str, copied: Any) -> None:
     assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
 
 
+def test_a_session_that_is_over_is_not_entered() -> None:
+    """The block would run uncompressed, or under another strategy."""
+    model = make_llava()
+    undone = vtc.compress(model, "uniform:keep=4")
+    with undone:
+        pass
+    replaced = vtc.compress(model, "uniform:keep=4")
+    with vtc.compress(model, "random:keep=4") as run:
+        for session in (undone, replaced):
+            with pytest.raises(vtc.VtcError, match=r"uniform.* removed>.*again"), session:
+                pass
+        assert run.active
+
+
 def test_an_undeclared_need_is_named() -> None:
     model = make_llava()
     with (

@@ -91,7 +91,8 @@ class Interception:
             handles += tap.install()
         self._encoder.install()
         handles.append(model.register_forward_pre_hook(self._shrink, with_kwargs=True))
-        handles.append(model.register_forward_hook(self._grow, with_kwargs=True, always_call=True))
+        # Before the hooks of others, who know no other length than the old one.
+        handles.append(model.register_forward_hook(self._grow, prepend=True, with_kwargs=True, always_call=True))
         handles.append(model.rotary_emb.register_forward_pre_hook(self._rotate, with_kwargs=True))
         for number, layer in enumerate(model.layers if self._cuts else []):
             if number >= min(self._cuts) - 1:

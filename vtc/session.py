@@ -22,7 +22,7 @@ from vtc.adapters.base import Adapter
 from vtc.call import Record
 from vtc.compressor import NEEDS, Compressor, DecoderCompressor, as_compressors, available, strategy
 from vtc.decoder import check_layer
-from vtc.errors import SpecError, UnsupportedModelError
+from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.interception import Cut, Interception
 from vtc.report import Report, make_report
 from vtc.saliency import Tap
@@ -106,6 +106,8 @@ class Session:
         self._interception.remove()
 
     def __enter__(self) -> Session:
+        if not self.active:
+            raise VtcError(f"{self!r} was undone or replaced; call vtc.compress(model, ...) again")
         return self
 
     def __exit__(
