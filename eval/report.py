@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,18 @@ from vtc.eval import evaluated, groups, lines
 from vtc.eval.evaluated import Evaluated
 from vtc.eval.flops import human
 from vtc.eval.paired import LEVEL, Change, Comparison, compare
-from vtc.eval.table import Table, conditions, latex, remarks_of, render, tables, without_gaps
+from vtc.eval.table import (
+    Table,
+    amount,
+    conditions,
+    latex,
+    prefill_flops,
+    remarks_of,
+    render,
+    tables,
+    visual_tokens,
+    without_gaps,
+)
 
 Row = dict[str, Any]
 Sample = dict[str, Any]
@@ -38,7 +49,7 @@ Both runs answered the same questions. Lost: right only in the first run; gained
 exact test on lost and gained, for the line alone and by Holm's method for all lines together. Changed: the latter is
 below {LEVEL}. Noise: not even the former is, so such a difference is no surprise if nothing changed; the interval of
 the difference says how large a change could have hidden in it. Unclear: in between; more questions would tell. All this
-treats the questions as independent draws.
+treats the questions as independent draws. Tokens and FLOPs: means over the questions; times: of one prompt.
 """
 
 
@@ -260,11 +271,11 @@ def remarks_on(comparison: Comparison, first: str, second: str) -> list[str]:
 def _cells(change: Change) -> tuple[str, ...]:
     first, second, pairs = change.first, change.second, change.pairs
 
-    def both(key: str, form: Any, scale: float = 1) -> str:
-        values = [row[key] for row in (first, second)]
-        if None in values:
+    def both(of: Callable[[Row], float | None], form: Callable[[float], str]) -> str:
+        values = [of(row) for row in (first, second)]
+        texts = [form(value) for value in values if value is not None]
+        if len(texts) < 2:
             return ""
-        texts = [form(scale * value) for value in values]
         return texts[0] if texts[0] == texts[1] else " → ".join(texts)
 
     tested = ("", "", "", "", "", "")
@@ -275,11 +286,11 @@ def _cells(change: Change) -> tuple[str, ...]:
     return (
         change.name,
         change.verdict,
-        both("accuracy", "{:.1f}".format, 100),
+        both(lambda row: row["accuracy"], lambda share: f"{100 * share:.1f}"),
         *tested,
-        both("tokens_out", "{:.0f}".format),
-        both("prefill_flops", human),
-        both("ttft_ms", "{:.1f}".format),
+        both(visual_tokens, amount),
+        both(prefill_flops, human),
+        both(lambda row: row["ttft_ms"], "{:.1f}".format),
     )
 
 
@@ -312,8 +323,9 @@ def _flat_change(change: Change) -> Row:
     names = ("n", "both", "lost", "gained", "neither", "difference", "p")
     flat.update({name: None if pairs is None else getattr(pairs, name) for name in names})
     flat["low"], flat["high"] = (None, None) if pairs is None else pairs.interval
-    for key in ("accuracy", "tokens_out", "prefill_flops", "ttft_ms", "kv_cache_bytes"):
-        flat[f"{key}.first"], flat[f"{key}.second"] = change.first[key], change.second[key]
+    means = ("mean_tokens_out", "mean_prefill_flops")
+    for key in ("accuracy", *means, "tokens_out", "prefill_flops", "ttft_ms", "kv_cache_bytes"):
+        flat[f"{key}.first"], flat[f"{key}.second"] = change.first.get(key), change.second.get(key)
     return flat
 
 

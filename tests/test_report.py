@@ -551,6 +551,19 @@ def test_the_same_strategy_with_another_parameter_is_compared(tmp_path: Path) ->
     assert "0 settings in both runs" in report.report([one, three], "md")
 
 
+def test_costs_of_a_comparison_are_those_of_the_runs_own_tables(tmp_path: Path) -> None:
+    """Where questions differ in size: means over them, not what the prompt was that was timed."""
+    means = {"mean_tokens_out": 20.25, "mean_prefill_flops": 3.21e9}
+    one = save(tmp_path / "a", [{**ROWS[3], **means}], results("fastervlm:keep=16", "11"))
+    two = save(tmp_path / "b", [{**ROWS[3], **means, "mean_tokens_out": 21.0}], results("fastervlm:keep=16", "11"))
+    (line,) = (line for line in report.report([one, two], "md").splitlines() if line.startswith("| fastervlm"))
+    cells = [cell.strip() for cell in line.split("|")]
+    assert {"20.2 → 21", "3.21 G"} <= set(cells)
+    (found,) = csv.DictReader(io.StringIO(report.report([one, two], "csv")))
+    assert (found["mean_tokens_out.first"], found["mean_tokens_out.second"]) == ("20.25", "21.0")
+    assert found["mean_prefill_flops.first"] == "3210000000.0" and found["tokens_out.first"] == "16"
+
+
 def test_other_conditions_are_named(tmp_path: Path) -> None:
     one = save(tmp_path / "a", ROWS[:1])
     two = save(tmp_path / "b", [{**ROWS[0], "dtype": "bfloat16", "versions": {"vtc": "0.1.0", "torch": "2.14.0"}}])
