@@ -87,8 +87,8 @@ gpu: $(gpu_ready)
 gpu-tests: $(gpu_ready)
 	@mkdir -p $(GPU_OUT)
 	{ code=0; \
-		$(GPU_PYTHON) -m pytest -n 4 -q tests/kernels/test_kernels.py -p on_gpu $(TESTS) || code=1; \
-		$(GPU_PYTHON) -m pytest -n 4 -q tests/gpu.py $(TESTS) || code=1; \
+		$(GPU_PYTHON) -m pytest -n 8 --dist worksteal -q tests/kernels/test_kernels.py -p on_gpu $(TESTS) || code=1; \
+		$(GPU_PYTHON) -m pytest -n 8 --dist worksteal -q tests/gpu.py $(TESTS) || code=1; \
 		$(GPU_PYTHON) -m pytest -q -k gpu $(addprefix tests/test_,select.py strategies.py decoder_strategies.py) || code=1; \
 		exit $$code; } $(call into,tests)
 
