@@ -46,7 +46,6 @@ FRAMES = (16, 32)
 SIZES: dict[str, Any] = {"shape_sizes": range(15, 22), "digit_sizes": range(17, 23), "word_sizes": 4}  # of `opacity`
 SPEEDS = (3, 4, 5, 6, 7, 8)  # pixels per frame
 DISTANCE = (24, 40)  # pixels a moving thing goes
-PHOTO_SHARE = 0.2  # of the backgrounds
 EVAL_FRAMES = (16, 20, 24, 28, 32)  # few lengths, because only clips of one length make a batch
 EVAL_SCENES = 540  # clips, pictures and pairs behind `questions(split)`
 QUESTIONS_PER_SCENE = 5
@@ -181,15 +180,13 @@ class _Maker:
     def background(self) -> np.ndarray:
         """(height, width, 3) float32."""
         rng, side = self.rng, 3 * TILE
-        if rng.random() < PHOTO_SHARE:
+        if rng.random() < content.PHOTO_SHARE:
             source = rng.choice(content.photos(self.split))
         else:
             index = rng.choice([i for i in range(content.TEXTURES[self.split]) if i not in self.used])
             self.used.add(index)
             source = content.texture(self.split, index, side)
-        return content.cut(rng, source, self.height, self.width).astype(np.float32) * rng.uniform(
-            0.8, 1.15
-        ) + rng.uniform(-15, 15)
+        return content.shaded(rng, content.cut(rng, source, self.height, self.width))
 
     def scene(self, number: int, first: int, last: int, kinds: list[str]) -> list[Actor]:
         """Things for the frames first ... last - 1, none of which ever touches another."""

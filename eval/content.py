@@ -50,6 +50,7 @@ SHAPE_SIZES = range(15, 30)  # pixels
 DIGIT_SIZES = range(17, 30)
 WORD_SIZES = range(13, 20)  # nominal height of the typeface
 TYPEFACES = 3
+PHOTO_SHARE = 0.2  # of the backgrounds
 TEXTURES = {"train": 400, "val": 80, "test": 80}
 DIGIT_SLICES = {"train": slice(0, 1300), "val": slice(1300, 1450), "test": slice(1450, None)}
 
@@ -189,6 +190,13 @@ def opacity(
     return np.clip(np.asarray(digit) * 1.25 - 0.1, 0, 1)
 
 
+def source(rng: random.Random, split: str, side: int) -> np.ndarray:
+    """What a background is cut from: a photograph, or a texture with that side; (h, w, 3)."""
+    if rng.random() < PHOTO_SHARE:
+        return rng.choice(photos(split))
+    return texture(split, rng.randrange(TEXTURES[split]), side)
+
+
 def cut(rng: random.Random, source: np.ndarray, height: int, width: int) -> np.ndarray:
     """A random part of a background (h, w, 3), perhaps mirrored: (height, width, 3)."""
     top, left = rng.randint(0, source.shape[0] - height), rng.randint(0, source.shape[1] - width)
@@ -196,6 +204,11 @@ def cut(rng: random.Random, source: np.ndarray, height: int, width: int) -> np.n
     if rng.random() < 0.5:
         part = part[:, ::-1]
     return part[::-1] if rng.random() < 0.5 else part
+
+
+def shaded(rng: random.Random, background: np.ndarray) -> np.ndarray:
+    """A background, a little brighter or darker, with more or less contrast; float32."""
+    return background.astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
 
 
 def apart(a: Box, b: Box, gap: int) -> bool:

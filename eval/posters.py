@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vtc.eval.content import DIGITS, SHAPES, TEXTURES, WORDS, check_split, cut, opacity, photos, texture
+from vtc.eval import content
+from vtc.eval.content import DIGITS, SHAPES, WORDS
 from vtc.eval.items import Item, Question, balanced
 from vtc.eval.scenes import Thing, ask_existence, ask_relations, place
 
@@ -28,7 +29,6 @@ QUESTION_TYPES = ("digit", "word", "shape", "colour", "where", "exist", "relatio
 TILE = 96  # pixels
 FORMS = ((2, 2), (2, 2), (1, 3), (3, 1))  # tiles in height and width; square posters are as frequent as long ones
 SIZES: dict[str, Any] = {"shape_sizes": range(18, 33), "digit_sizes": range(14, 21), "word_sizes": 4}  # of `opacity`
-PHOTO_SHARE = 0.2  # of the backgrounds
 TEXTURE_SIDE = 330  # pixels: larger than any poster
 EVAL_POSTERS = 500  # posters behind `questions(split)`
 QUESTIONS_PER_SCENE = 5
@@ -60,13 +60,13 @@ class Posters:
     forms: tuple[tuple[int, int], ...] = FORMS
 
     def __post_init__(self) -> None:
-        check_split(self.split)
+        content.check_split(self.split)
 
     def __getitem__(self, seed: int) -> Poster:
         rng = random.Random(f"poster-{self.split}-{seed}")
         height, width = self._size(rng)
         image = self._background(rng, height, width)
-        things, owner = place(rng, image, self._plan(rng), partial(opacity, rng, self.split, **SIZES))
+        things, owner = place(rng, image, self._plan(rng), partial(content.opacity, rng, self.split, **SIZES))
         asked = tuple(_ask(rng, things, height, width))
         return Poster(np.clip(image, 0, 255).astype(np.uint8), tuple(things), owner, asked)
 
@@ -83,16 +83,13 @@ class Posters:
 
     def _background(self, rng: random.Random, height: int, width: int) -> np.ndarray:
         """(height, width, 3) float32."""
-        if rng.random() < PHOTO_SHARE:
-            source = rng.choice(photos(self.split))
-            least = min(source.shape[0] / height, source.shape[1] / width)
-            if least < 1:  # enlarge what is smaller than the poster
-                size = (int(source.shape[1] / least) + 1, int(source.shape[0] / least) + 1)
-                enlarged = Image.fromarray(np.clip(source, 0, 255).astype(np.uint8))
-                source = np.asarray(enlarged.resize(size, Image.Resampling.BICUBIC))
-        else:
-            source = texture(self.split, rng.randrange(TEXTURES[self.split]), TEXTURE_SIDE)
-        return cut(rng, source, height, width).astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
+        source = content.source(rng, self.split, TEXTURE_SIDE)
+        least = min(source.shape[0] / height, source.shape[1] / width)
+        if least < 1:  # enlarge a photograph that is smaller than the poster
+            size = (int(source.shape[1] / least) + 1, int(source.shape[0] / least) + 1)
+            enlarged = Image.fromarray(np.clip(source, 0, 255).astype(np.uint8))
+            source = np.asarray(enlarged.resize(size, Image.Resampling.BICUBIC))
+        return content.shaded(rng, content.cut(rng, source, height, width))
 
     def _plan(self, rng: random.Random) -> list[tuple[str, str]]:
         """What goes onto the poster, as (kind, name)."""

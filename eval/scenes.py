@@ -19,28 +19,14 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from vtc.eval.content import (
-    COLOURS,
-    DIGITS,
-    PLURALS,
-    SHAPES,
-    TEXTURES,
-    WORDS,
-    Box,
-    apart,
-    check_split,
-    cut,
-    opacity,
-    photos,
-    texture,
-)
+from vtc.eval import content
+from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, WORDS, Box, apart
 from vtc.eval.items import Item, Question, balanced
 
 SIDES = ("left of", "right of", "above", "below")
 QUESTION_TYPES = ("digit", "colour", "shape", "where", "word", "count", "exist", "relation")
 MAX_COUNT = 4
 GAP = 3  # pixels between things
-PHOTO_SHARE = 0.2  # of the backgrounds
 EVAL_SCENES = 500  # scenes behind `questions(split)`
 QUESTIONS_PER_SCENE = 5
 
@@ -92,13 +78,13 @@ class Scenes:
     things: tuple[int, int] = (3, 6)
 
     def __post_init__(self) -> None:
-        check_split(self.split)
+        content.check_split(self.split)
 
     def __getitem__(self, seed: int) -> Scene:
         rng = random.Random(f"{self.split}-{seed}")
         plan, asked = self._plan(rng)
         image = self._background(rng)
-        things, coverage = place(rng, image, plan, partial(opacity, rng, self.split))
+        things, coverage = place(rng, image, plan, partial(content.opacity, rng, self.split))
         owner = self._owner(things, coverage)
         image = np.clip(image, 0, 255).astype(np.uint8)
         return Scene(image, tuple(things), owner, tuple(_ask(rng, things, self.canvas, asked)))
@@ -128,14 +114,10 @@ class Scenes:
     def _background(self, rng: random.Random) -> np.ndarray:
         """(canvas, canvas, 3) float32."""
         size = self.canvas
-        if rng.random() < PHOTO_SHARE:
-            source = rng.choice(photos(self.split))
-        else:
-            source = texture(self.split, rng.randrange(TEXTURES[self.split]), size * 3 // 2)
-        crop = cut(rng, source, size, size)
+        crop = content.cut(rng, content.source(rng, self.split, size * 3 // 2), size, size)
         if rng.random() < 0.5:
             crop = crop.transpose(1, 0, 2)
-        return crop.astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
+        return content.shaded(rng, crop)
 
     def _owner(self, things: list[Thing], coverage: np.ndarray) -> np.ndarray:
         """The thing with most pixels in each patch, if it covers more than a tenth of it."""

@@ -18,22 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vtc.eval import scenes
-from vtc.eval.content import (
-    COLOURS,
-    DIGITS,
-    PLURALS,
-    SHAPES,
-    TEXTURES,
-    WORDS,
-    Box,
-    apart,
-    check_split,
-    cut,
-    opacity,
-    photos,
-    texture,
-)
+from vtc.eval import content, scenes
+from vtc.eval.content import COLOURS, DIGITS, PLURALS, SHAPES, WORDS, Box, apart
 from vtc.eval.items import Item, Medium, Question, balanced
 from vtc.eval.scenes import GAP, SIDES, ask_existence
 
@@ -50,7 +36,6 @@ CLIPS = (
 )  # fmt: skip
 CLIP_SHARE = 0.35  # of the media of an evaluation set
 MAX_COUNT = 4
-PHOTO_SHARE = 0.2  # of the backgrounds
 BACKGROUND = 256  # side of a texture, in pixels
 NEAR = 10  # pixels: closer to a middle line, or to each other, things are not asked where they are
 EVAL_SCENES = 600  # media behind `questions(split)`
@@ -117,7 +102,7 @@ class Scenes:
     things: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check_split(self.split)
+        content.check_split(self.split)
         if self.size and (self.size[1] % CELL or self.size[2] % CELL):
             raise ValueError(f"height and width have to be multiples of {CELL}, not {self.size[1]} and {self.size[2]}")
 
@@ -134,7 +119,7 @@ class Scenes:
         things: list[Thing] = []
         forms = []
         for kind, name in plan:
-            form = opacity(rng, self.split, kind, name)
+            form = content.opacity(rng, self.split, kind, name)
             for _ in range(60):
                 box = _somewhere(rng, form, height, width)
                 if box and all(apart(box, other.box, GAP) for other in things):
@@ -188,7 +173,7 @@ class Scenes:
         things: list[Thing] = []
         forms = []
         for (kind, name), seen in zip(names, lives, strict=True):
-            form = opacity(rng, self.split, kind, name)
+            form = content.opacity(rng, self.split, kind, name)
             way = rng.choice(list(WAYS)) if kind == "shape" and rng.random() < 0.7 else ""
             colour = rng.choice(list(COLOURS))
             # Long ways do not fit into small pictures: slower ones are tried too, and in the end none.
@@ -212,11 +197,8 @@ class Scenes:
 
     def _background(self, rng: random.Random, height: int, width: int) -> np.ndarray:
         """(height, width, 3) float32."""
-        if rng.random() < PHOTO_SHARE:
-            source = rng.choice(photos(self.split))
-        else:
-            source = texture(self.split, rng.randrange(TEXTURES[self.split]), BACKGROUND)
-        return cut(rng, source, height, width).astype(np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-15, 15)
+        source = content.source(rng, self.split, BACKGROUND)
+        return content.shaded(rng, content.cut(rng, source, height, width))
 
     def _paint(
         self, rng: random.Random, size: tuple[int, int, int], things: list[Thing], forms: list[np.ndarray]

@@ -63,18 +63,25 @@ ANY_QWEN = (
 )
 
 
+def _pictures() -> dict[str, Any]:
+    """Tokenizer, template and tokens of the models that see pictures through CLIP."""
+    return {
+        "tokenizer": tokenizer(text.LLAVA, image_token=text.IMAGE),
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # [CLS]
+        "image_token": text.IMAGE,
+        "chat_template": template(PICTURES),
+    }
+
+
 def llava() -> LlavaProcessor:
     """Resizes any picture to 128 x 128 pixels as a whole, so that nothing is cropped away."""
     vision = tiny_llava.config().vision_config
     whole = {"height": vision.image_size, "width": vision.image_size}
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(size=whole, crop_size=whole, do_center_crop=False),
-        tokenizer=tokenizer(text.LLAVA, image_token=text.IMAGE),
         patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # [CLS]
-        image_token=text.IMAGE,
-        chat_template=template(PICTURES),
+        **_pictures(),
     )
 
 
@@ -88,12 +95,8 @@ def llava_next() -> LlavaNextProcessor:
     )
     return LlavaNextProcessor(
         image_processor=images,
-        tokenizer=tokenizer(text.LLAVA, image_token=text.IMAGE),
         patch_size=tiny_llava_next.PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # [CLS]
-        image_token=text.IMAGE,
-        chat_template=template(PICTURES),
+        **_pictures(),
     )
 
 
