@@ -175,7 +175,7 @@ def encode_once(model: Any, inputs: dict[str, Any], pictures: Sequence[int]) -> 
 def answer(
     model: Any,
     processor: Any,
-    prepared: Sequence[Batch],
+    prepared: Iterable[Batch],
     max_new_tokens: int,
     done: Callable[[Batch], None] = lambda batch: None,
 ) -> list[str]:
