@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 WAITS = frozenset(
     {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
@@ -31,9 +32,15 @@ class Watch(TorchDispatchMode):
         boolean = name in ("index", "index_put", "index_put_") and any(
             entry is not None and entry.dtype in (torch.bool, torch.uint8) for entry in args[1]
         )
-        if boolean or name in WAITS:
-            self.waits.append(name)
+        # Without the number of repeats, which is read.
+        unknown = func is torch.ops.aten.repeat_interleave.Tensor and not (kwargs or {}).get("output_size")
         out = func(*args, **(kwargs or {}))
+        copies = name in ("_to_copy", "copy_")  # numbers may stay where they are in anything else
+        devices = {
+            x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor) and (x.ndim or copies)
+        }
+        if boolean or unknown or name in WAITS or len(devices) > 1:
+            self.waits.append(name)
         for part in out if isinstance(out, tuple | list) else [out]:
             if isinstance(part, Tensor):
                 self.largest = max(self.largest, part.numel())

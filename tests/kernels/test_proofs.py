@@ -1,4 +1,4 @@
-"""Triton's interpreter and Triton's compiler on the kernels, and a rehearsal of the benchmark, without a GPU.
+"""Triton's interpreter and Triton's compiler on the kernels, and rehearsals of what runs on a GPU, without one.
 
 Each needs a process of its own: whether kernels are interpreted is decided when they are imported. The processes start
 together, as compiling waits for the assembler much of the time.
@@ -21,6 +21,8 @@ PROOFS = {
     "interpreted": ["test_kernels.py", "-p", "interpreter"],
     "compiled for sm_80": ["compiled.py", "-k", "sm_80"],
     "compiled for sm_90": ["compiled.py", "-k", "sm_90"],
+    "on a GPU that is pretended": ["../gpu.py", "--every", "4"],
+    "kernels on it": ["test_kernels.py", "-p", "on_gpu", "-k", "not bfloat16 and (merge or ties or query_rows)"],
     "benchmark": [],
 }
 

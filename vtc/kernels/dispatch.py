@@ -49,6 +49,7 @@ def operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[...
         torch.library.impl(f"vtc::{name}", "CompositeExplicitAutograd", run)
         torch.library.register_fake(f"vtc::{name}", fake)
         overload: Any = getattr(torch.ops.vtc, name).default
+        overload.__wrapped__ = run  # as `functools.wraps` leaves it
         return overload
 
     return register
