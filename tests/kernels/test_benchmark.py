@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +51,9 @@ def test_another_process_goes_on_where_one_ended(monkeypatch: pytest.MonkeyPatch
     assert [name for name, result in results.items() if result.failed] == ["crash", "hang"]
     assert results["crash"].time("triton", graph=True) == 5.0 and "exit code -6" in results["crash"].notes[0]
     assert "fell silent" in results["hang"].notes[0]
+    log = out.with_suffix(".jsonl").read_text()
+    assert kernels.supervise(argparse.Namespace(out=out, resume=True, minutes=1.0)) == 1
+    assert out.with_suffix(".jsonl").read_text() == log  # nothing is measured twice
 
 
 def test_eager_is_compared_with_eager(tmp_path: Path) -> None:
@@ -77,6 +82,17 @@ def test_shares_of_the_ceilings() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 class TestCases:
+    def test_rehearsal_of_other_parameters(self, tmp_path: Path) -> None:
+        """A case with two kernels, each with its own parameters and with two others."""
+        command = [sys.executable, kernels.__file__, "--small", "--tune", "--only", "received CLIP-L/336 1"]
+        command += ["--out", str(tmp_path / "tuning.md")]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows = [line for line in (tmp_path / "tuning.md").read_text().splitlines() if "_kernel" in line]
+        assert [line.split(",")[0] for line in rows] == ["| normaliser_kernel", "| received_kernel"]
+        assert all(line.count(";") == 1 for line in rows)  # between two others
+
     def test_targets_are_among_the_cases(self) -> None:
         from benchmarks.kernel.cases import plans
 
