@@ -17,6 +17,7 @@ Without a GPU it can be rehearsed, in Triton's interpreter on small shapes; the 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -46,7 +47,10 @@ def main() -> int:
     parser.add_argument("--worker", type=float, metavar="UNTIL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.mode = options.mode or "time"
-    return supervise(options) if options.worker is None else work(options)
+    if options.worker is not None:
+        return work(options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and take the worker along
+    return supervise(options)
 
 
 def supervise(options: argparse.Namespace) -> int:
@@ -55,8 +59,11 @@ def supervise(options: argparse.Namespace) -> int:
     Log(path, fresh=not options.resume)
     until = time.time() + 60 * options.minutes
     while True:
-        with subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--worker", str(until)]) as worker:
+        worker = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--worker", str(until)])
+        try:
             code = watch(worker, path)
+        finally:
+            worker.kill()
         log = Log(path, fresh=False)
         if log.begun is not None:
             reason = "fell silent" if code == -9 else f"exit code {code}"

@@ -107,15 +107,15 @@ def ceilings(log: Log) -> tuple[float | None, float | None]:
 def table(log: Log, left: int) -> str:
     """All times; `left` cases have none yet."""
     copy, product = ceilings(log)
-    rate = "not measured" if copy is None else f"copy {copy / 1e6:.2f} TB/s"
-    rate += ", not measured" if product is None else f", matrix product {product / 1e6:.0f} TFLOP/s"
+    rates = [f"copy {copy / 1e6:.2f} TB/s"] if copy else []
+    rates += [f"matrix product {product / 1e6:.0f} TFLOP/s"] if product else []
     lines = [
         "# Kernels",
         "",
         f"{log.conditions}.",
         "",
         *([f"**Partial: {left} cases are not measured yet.**", ""] if left else []),
-        f"Ceilings measured: {rate}.",
+        f"Ceilings measured: {', '.join(rates) or 'none'}.",
         "",
         "Median microseconds; the L2 cache is cleared before each measurement. Eager (e): from an idle device on, so",
         "that launches count. Replayed (g): a CUDA graph, on a busy device, so that they do not. The last columns are",
