@@ -84,15 +84,17 @@ def plans(bench: Bench) -> list[Plan]:
 
 
 def greedy_regret(x: Tensor, order: Tensor) -> float:
-    """In float64: how much worse than the best of its step a choice is at worst.
+    """In float64: how much worse than the best of its step a choice is at worst; the first is the most isolated row.
 
     Indices are not compared: of thousands of rows some are equally good, and the first difference changes the rest.
     """
     unit = normalize(x.double(), dim=2)
     table = unit @ unit.mT
+    table.diagonal(dim1=1, dim2=2).fill_(-inf)
+    nearest = table.amax(2)
+    worst = (nearest.gather(1, order[:, :1])[:, 0] - nearest.amin(1)).amax()
     alike = table.gather(1, order[:, :1, None].expand(-1, -1, table.shape[2]))[:, 0]
     taken = torch.zeros_like(alike, dtype=torch.bool).scatter(1, order[:, :1], True)
-    worst = alike.new_zeros(())
     for step in range(1, order.shape[1]):
         pick = order[:, step : step + 1]
         cost = alike.masked_fill(taken, inf)
