@@ -97,6 +97,7 @@ def work(options: argparse.Namespace) -> int:
     def written(left: int) -> None:
         result = list(log.results.values())[-1]
         told = ", ".join(f"{name} {'/'.join(f'{t:.1f}' for t in pair if t)}" for name, pair in result.times.items())
+        told = told or ("right" if options.mode == "check" and not result.failed else "")
         problems = "".join(f"\n    {note}" for note in result.notes)
         print(f"{time.time() - began:6.1f} s  {result.name}: {told}{problems}", file=sys.stderr, flush=True)
         options.out.write_text(render(log, left))

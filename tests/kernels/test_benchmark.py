@@ -100,6 +100,28 @@ class TestCases:
         names = [plan.name for plan in plans(real)]
         assert len(names) == len(set(names)) and {CENTER, FRAMES, PREFILL, WHOLE} <= set(names[:6])
 
+    def test_checks_tell_right_from_wrong(self) -> None:
+        import torch
+
+        from benchmarks.kernel import cases
+        from vtc.kernels import assign, dpp, k_center
+
+        random = torch.Generator().manual_seed(0)
+        x, relevance = torch.randn(2, 40, 24, generator=random), torch.rand(2, 40, generator=random) + 0.1
+        order, last = k_center(x, 9), torch.arange(9).expand(2, -1)
+        assert cases.greedy_regret(x, order) < 1 < cases.greedy_regret(x, order.roll(1, 1))
+        swapped = torch.cat([order[:, :1], last + 20], dim=1)
+        assert cases.greedy_regret(x, swapped) > 1
+        order = dpp(x, relevance, 9)
+        assert cases.dpp_regret(x, relevance, order) < 1 < cases.dpp_regret(x, relevance, last)
+        slot = assign(x, last)
+        means = torch.stack([torch.stack([a[b == s].mean(0) for s in range(9)]) for a, b in zip(x, slot, strict=True)])
+        assert cases.merge_error(x, last, (slot, means)) < 1 < cases.merge_error(x, last, (slot, means * 1.01))
+        other = torch.where(torch.arange(40) == 30, (slot + 1) % 9, slot)
+        assert cases.merge_error(x, last, (other, means)) > 1
+        assert cases.close(x, x * (1 + 1e-4)) < 1 < cases.close(x, x * (1 + 1e-2))
+        assert cases.differs((x, order), (x, order)) < 1 < cases.differs((x, order), (x, order + 1))
+
     @pytest.mark.parametrize("rows", [1, 2, 8, 16])
     def test_relaunched_kernels_cover_everything(self, rows: int) -> None:
         from benchmarks.kernel.tune import Launch
