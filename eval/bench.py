@@ -134,8 +134,8 @@ class Bench:
         pace = 0.1 if sys.stderr.isatty() else 10.0
         bar = tqdm(
             total=len(todo) * max(1, len(items)),
-            unit="answer" if items else "setting",
-            disable=not progress,
+            unit=" answers" if items else " settings",
+            disable=not (progress and todo),
             mininterval=pace,
         )
         with bar:

@@ -379,7 +379,12 @@ def estimate(
     config = checkpoints.config(config) if isinstance(config, (str, Path)) else config
     text_config = getattr(config, "text_config", config)
     decoder = Decoder.of(text_config)
-    for what, number in (("tokens", tokens), ("text", text), ("decode steps", decode_steps)):
+    for what, number in (
+        ("tokens", tokens),
+        ("text", text),
+        ("decode steps", decode_steps),
+        ("rows of logits", lm_head_tokens or 0),
+    ):
         if number < 0:
             raise VtcError(f"{what}: {number} is negative")
     pairs = _schedule(schedule, decoder.layers, tokens, name)

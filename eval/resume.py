@@ -17,6 +17,7 @@ SAME = (
     *("model", "task", "prompt", "n", "family", "device", "dtype", "attention", "threads", "flops_convention"),
     "versions",
 )
+WORDS = {"n": "the number of questions", "timed": "whether times are measured"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def load(folder: Path, now: Row, questions: Sequence[str]) -> Earlier:
 def _check(path: Path, row: Row, now: Row) -> None:
     timed = row.get("ttft_ms") is not None
     pairs = [(name, row.get(name), now[name]) for name in SAME] + [("timed", timed, now["timed"])]
-    other = [f"{name} was {before} and is {after}" for name, before, after in pairs if before != after]
+    other = [f"{WORDS.get(name, name)} was {before} and is {after}" for name, before, after in pairs if before != after]
     if other:
         raise VtcError(
             f"{path} is from a run of another kind: {'; '.join(other)}. Choose another --out, or replace what is "

@@ -248,7 +248,7 @@ def test_bench_writes_rows_table_and_plot(root: Path, tmp_path: Path, capsys: py
     arguments = ("bench", "--model", root / "clip", "--spec", "fastervlm", "--spec", "pool:keep=4", "--keep", "0.5,3")
     code, printed, err = run(capsys, *arguments, "--limit", "6", "--no-latency", "--out", out)
     assert code == 0
-    assert "answer/s" in err, "a progress bar"
+    assert "answers/s" in err, "a progress bar"
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     wanted = {"model", "spec", "keep", "tokens_in", "tokens_out", "prefill_flops", "ttft_ms", "ideal_ttft_ms"}
     wanted |= {"decode_tokens_per_s", "accuracy", "accuracy_ci", "agreement", "n", "seed", "versions"}

@@ -394,6 +394,7 @@ def test_schedule_is_per_layer() -> None:
         ({"convention": "fastv", "causal": True}, "only defined for exact"),
         ({"strategy": "divprun"}, "did you mean 'divprune'?"),
         ({"text": -1}, "text: -1 is negative"),
+        ({"lm_head_tokens": -1}, "rows of logits: -1 is negative"),
         ({"frames": 3}, "takes no clips"),
         ({"views": 0}, "views: 0 is too few"),
         ({"views": 1, "frames": 1}, "give one of them"),

@@ -166,10 +166,10 @@ def test_a_finished_run_takes_more_settings(options: bench.Options, tmp_path: Pa
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"limit": 3}, "n was 4 and is 3"),
+        ({"limit": 3}, "the number of questions was 4 and is 3"),
         ({"dtype": "bfloat16"}, "dtype was float32 and is bfloat16"),
         ({"attention": "eager"}, "attention was sdpa and is eager"),
-        ({"latency": True}, "timed was False and is True"),
+        ({"latency": True}, "whether times are measured was False and is True"),
     ],
 )
 def test_runs_of_another_kind_do_not_mix(

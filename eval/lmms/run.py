@@ -240,7 +240,10 @@ def ask_bundled(
 
     mine = [question(number) for number in range(team.rank, len(items), team.size)]
     failures: list[Failure] = []
-    with Record(settings.out, team.rank) as record, tqdm(total=len(mine), unit="answer", disable=team.rank > 0) as bar:
+    with (
+        Record(settings.out, team.rank) as record,
+        tqdm(total=len(mine), unit=" answers", disable=team.rank > 0) as bar,
+    ):
         try:
             answerer.answer(mine, record, bar.update)
         except Failed as error:
