@@ -89,8 +89,9 @@ def sight(owner: torch.Tensor, kept: Sequence[int]) -> tuple[float, float]:
 
 def measure(questions: Questions, settings: Sequence[Setting], path: Path) -> Results:
     """The results under all settings: those that `path` has, and the others, which are added to it."""
-    known = {row.pop("spec"): Result(**row) for _, row in lines.read(path)} if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    known = {row.pop("spec"): Result(**row) for _, row in lines.read(path)} if path.stat().st_size else {}
     with path.open("a", encoding="utf-8") as file:
         for setting in settings:
             if setting.spec not in known:
@@ -160,6 +161,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--card", action="store_true", help="write README.md and accuracy.json into vtc/zoo/NAME")
     arguments = parser.parse_args()
+    if arguments.card and arguments.limit is not None:
+        parser.error("a card is about the whole test set: leave --limit out")
     torch.set_num_threads(arguments.threads)
     fields, record = evaluate(arguments.name, arguments.limit, Path("runs", arguments.name))
     print("\n\n".join(f"{name}: {value}" if "\n" not in value else value for name, value in fields.items()))
