@@ -26,7 +26,7 @@ from vtc.kernels.received import triton as received
 from vtc.kernels.rows import triton as rows
 
 MODULES = (assign, greedy, merge, peaks, received, rows, candidates)
-PER_THREAD = 128  # elements of a row in registers; with more, a variant would spill and is not tried
+PER_THREAD = 32  # elements of a row in registers; with more, variants spill, and compile for long
 CLOSE = 1e-3  # relative error of sums in another order
 
 # Per kernel: parameters that are varied together, in all combinations, while the others stay.
