@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, MistralConfig
 
 import vtc
-from families import WIDTH, Family
+from families import FAMILIES, WIDTH, Family
 from families import llava as build
 from models import GREEDY, IMAGE, TOKENS, batch, llava, make_llava
 from vtc import adapters
@@ -272,6 +272,35 @@ def test_hooks_of_others_see_the_old_lengths(model: Any, spec: str) -> None:
     with vtc.compress(model, spec):
         model(**inputs)
     assert seen == [inputs["input_ids"].shape] * 2
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "random:keep=4", "fastv:keep=4,layer=2"])
+@torch.no_grad()
+def test_dropped_places_in_front_of_all_others(model: Any, spec: str) -> None:
+    """A padded prompt that begins with an image says there what it says alone, not what its padding says."""
+    prompts = FAMILIES["llava"].batch([("image", "text"), ("text", "image", "image", "text"), ("image",)])
+    with vtc.compress(model, spec):
+        together = model(**prompts.inputs()).logits
+        for number in (0, 2):
+            assert near(together[number, prompts.padding(number) :], model(**prompts.alone(number)).logits[0])
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+@pytest.mark.parametrize("spec", [*SPECS, "random:keep=4", "fastv:keep=4,layer=2"])
+@torch.no_grad()
+def test_prompts_of_one_length_under_prepared_masks(text: str, spec: str) -> None:
+    """Nothing is padded, so that a prepared mask may be none at all, or one for all rows; but rows lose different numbers of tokens."""
+    model = llava(text=text)
+    ids, pixels = torch.randint(10, 100, (2, 2 * TOKENS + 4)), torch.randn(3, 3, 56, 56)
+    ids[0, : 2 * TOKENS] = ids[1, 1 : TOKENS + 1] = IMAGE
+    causal = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    with vtc.compress(model, spec):
+        logits = model(input_ids=ids, pixel_values=pixels).logits
+        assert near(model(input_ids=ids, pixel_values=pixels, attention_mask=causal).logits, logits)
+        together = model.generate(input_ids=ids, pixel_values=pixels, **GREEDY, cache_implementation="static")
+        for row, shown in enumerate((pixels[:2], pixels[2:])):
+            alone = model.generate(input_ids=ids[row : row + 1], pixel_values=shown, **GREEDY)
+            assert near(torch.stack(together.logits)[:, row], torch.stack(alone.logits)[:, 0])
 
 
 @every_spec

@@ -52,7 +52,7 @@ class Shrink:
         index: `(B, K)` int64, ascending: the tokens that stay.
         valid: `(B, K)` bool: `False` for fillers and padding.
         back: `(B, S)` int64 in `[0, K)`: for every token of the call the survivor that stands at its place or, if the
-            token was dropped, the nearest survivor before it.
+            token was dropped, the nearest survivor before it; the first survivor, if there is none before it.
     """
 
     index: Tensor
@@ -67,8 +67,8 @@ class Shrink:
             kept.byte().sort(dim=1, stable=True).indices[:, size - length :]
         )  # dropped first, survivors last in order
         running = kept.cumsum(1)
-        back = length - running[:, -1:] + running - 1
-        return cls(index, kept.gather(1, index), back.clamp_(min=0))
+        back = length - running[:, -1:] + (running - 1).clamp(min=0)
+        return cls(index, kept.gather(1, index), back.clamp_(max=length - 1))
 
     def follow(self, places: Tensor) -> Tensor:
         """Where the survivors among the flat places (row times `S` plus column) stand afterwards."""
@@ -231,7 +231,7 @@ def open_stretch(arguments: Mapping[str, Any], state: CacheState | None) -> Stre
     `arguments` are those of the call by name, `state` is that of the cache among them.
     """
     reference = _reference(arguments)
-    size, device = reference.shape[1], reference.device
+    batch, size, device = *reference.shape[:2], reference.device
     mask = arguments.get("attention_mask")
     length = _text_length(arguments, state)
     # What generate prepares for a static cache says no more than a 2-D mask, and counts the dropped tokens too.
@@ -249,9 +249,11 @@ def open_stretch(arguments: Mapping[str, Any], state: CacheState | None) -> Stre
     part = Part() if state is None else state.part(0)
     held = part.mask
     if state is None and length > 0 and is_flat(mask):
-        held = mask[:, :length].bool()  # type: ignore[index]
+        held = mask[:, :length].bool().expand(batch, -1)  # type: ignore[index]
+    now = _real(mask, size, length)
+    now = None if now is None else now.expand(batch, -1)  # one row may stand for all
     shift = None if part.shift is None else part.shift.to(device)
-    return Stretch(0, length - part.dropped, held, _real(mask, size, length), numbers, shift, part.dropped)
+    return Stretch(0, length - part.dropped, held, now, numbers, shift, part.dropped)
 
 
 def _text_length(arguments: Mapping[str, Any], state: CacheState | None) -> int:
@@ -279,9 +281,11 @@ def entry_arguments(
     mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
     out = dict(arguments)
     out["position_ids"] = gapless(stretch)
-    # What generate prepares for a static cache with windows has columns for the longer prompt: the model makes another.
-    windows = getattr(cache, "is_compileable", False) and any(getattr(cache, "is_sliding", ()))
-    if mask is not None and not is_flat(mask) and shrink is not None and state is None and not windows:
+    # What generate prepares for a static cache with windows has columns for the longer prompt, and a mask may be `None`
+    # where nothing was hidden, as now fillers are: then the model makes others.
+    anew = getattr(cache, "is_compileable", False) and any(getattr(cache, "is_sliding", ()))
+    anew = anew or (isinstance(mask, dict) and any(entry is None for entry in mask.values()))
+    if mask is not None and not is_flat(mask) and shrink is not None and state is None and not anew:
         out["attention_mask"] = _cut_masks(mask, shrink, stretch.past)
     else:
         out["attention_mask"] = stretch.mask(reference.shape[0])
@@ -378,8 +382,6 @@ def _ones(mask: Tensor | None, batch: int, length: int, device: torch.device) ->
 def _cut_masks(mask: Any, shrink: Shrink, past: int) -> Any:
     if isinstance(mask, dict):
         return {kind: _cut_masks(entry, shrink, past) for kind, entry in mask.items()}
-    if mask is None:
-        return None
     if not isinstance(mask, Tensor):
         raise VtcError(f"a prepared attention mask of type {type(mask).__name__} cannot be shortened; pass a 2-D mask")
     return shrink.take_mask(mask, past)
