@@ -306,6 +306,9 @@ def test_parameters_that_no_spec_can_hold() -> None:
 
     with pytest.raises(SpecError, match=r"Several\.layers_read is tuple\[int, \.\.\.\], which a spec cannot hold"):
         Several()
+    register("several")(Several)
+    with pytest.raises(SpecError, match=r"several: layers_read=3 is not tuple"):
+        parse("several:layers_read=3")
 
 
 @pytest.mark.parametrize("shape", [(4,), (1, 1, 4), (1, 3)])

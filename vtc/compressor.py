@@ -314,5 +314,6 @@ def _describe(hint: Any) -> str:
         return "a whole number or a fraction"
     parts: list[str] = []
     for option in options:
-        parts += [repr(word) for word in get_args(option)] if get_origin(option) is Literal else [WORDS[option]]
+        known = get_args(option) if get_origin(option) is Literal else ()
+        parts += [repr(word) for word in known] or [WORDS.get(option, str(option))]
     return " or ".join(parts)
