@@ -59,7 +59,7 @@ def waits(call: Callable[[], object]) -> int:
     if not REAL:
         with Watch() as seen:
             call()
-        return len(seen.waits)
+        return sum(name != "lift_fresh" for name in seen.waits)  # whose upload, if there is one, is a copy here
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as said:
@@ -101,7 +101,8 @@ def test_law_10_on_a_gpu(case: Case) -> None:
         model(**inputs)  # the first selection of a session is validated, which reads
         compressed = waits(lambda: model(**inputs))
     joins = case.family.name == "internvl" and len(prompts.visuals()) > 0
-    assert compressed <= plain + len(SIZES & set(inputs)) + int(len(prompts.rows) > 1 or joins)
+    allowed = len(SIZES & set(inputs)) + int(len(prompts.rows) > 1 or joins) + case.zeros
+    assert compressed <= plain + allowed
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -131,6 +132,9 @@ def spread(model: Any) -> Any:
             setattr(model.get_submodule(owner), own, torch.nn.Parameter(parameter.to("cuda:0")))
         elif not any(name.startswith(f"{block}.") for block in blocks):
             places[owner] = "cuda:0"
+    for name, _ in model.named_buffers():  # frequencies, which some releases of transformers leave where they are
+        if not any(name.startswith(f"{block}.") for block in blocks):
+            places.setdefault(name.rpartition(".")[0], "cuda:0")
     return accelerate.dispatch_model(model, places, main_device="cuda:0")
 
 
