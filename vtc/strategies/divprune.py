@@ -29,7 +29,7 @@ class DivPrune(Compressor):
       that exactly `keep` distinct tokens survive, lowest index first among equals.
     - It measures the distance of two copies, which rounding makes now zero and now not; here copies of a separator are
       left out until the end, and the first survivor is never one of them, as if that distance were always zero.
-    - It rounds the number of survivors half to even; here halves go up.
+    - It keeps 9.8 % by default, and rounds half to even; here it is a quarter, and halves go up.
     - It compares features in the model's precision and holds all pairwise distances; here distances are float32, and
       of long inputs one row of them is computed per choice.
 

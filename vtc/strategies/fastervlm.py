@@ -21,8 +21,8 @@ class FasterVLM(Scorer):
 
     FasterVLM (arXiv 2412.01818). Where the official code differs:
 
-    - It counts per view (crop), with the same number kept in each; here the views of an image share one budget and
-      compete for it. The paper's 29 per view on five views has the size of `keep=145`.
+    - It counts per view (crop), with the same number kept in each, for which it has no default; here the views of an
+      image share one budget and compete for it. The paper's 29 per view on five views has the size of `keep=145`.
     - Of images in crops it leaves out the newlines and keeps the padding; here the input keeps the model's own layout.
     - It asks the encoder for the attention maps of all layers; here the one row that is needed is computed. Scores are
       compared in float32 and ties go to the lowest index, where `topk` in half precision leaves them open.
