@@ -231,7 +231,7 @@ def test_todre_inner_can_be_told_to_keep_everything() -> None:
 def test_todre_inner_keeps_all_or_nothing(keep: float) -> None:
     with pytest.raises(SpecError, match=rf"todre-inner: keep={keep} is neither: it drops all .* \(0\) or none \(1.0\)"):
         strategy("todre-inner")(keep=keep)
-    with pytest.raises(SpecError, match="keep='all' is not a whole number or a number"):
+    with pytest.raises(SpecError, match="keep='all' is not a whole number or a fraction"):
         strategy("todre-inner")(keep="all")
 
 
