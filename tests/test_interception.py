@@ -289,7 +289,7 @@ def test_dropped_places_in_front_of_all_others(model: Any, spec: str) -> None:
 @pytest.mark.parametrize("spec", [*SPECS, "random:keep=4", "fastv:keep=4,layer=2"])
 @torch.no_grad()
 def test_prompts_of_one_length_under_prepared_masks(text: str, spec: str) -> None:
-    """Nothing is padded, so that a prepared mask may be none at all, or one for all rows; but rows lose different numbers of tokens."""
+    """Nothing is padded, so a prepared mask may be none at all, or one for all; but rows lose different numbers."""
     model = llava(text=text)
     ids, pixels = torch.randint(10, 100, (2, 2 * TOKENS + 4)), torch.randn(3, 3, 56, 56)
     ids[0, : 2 * TOKENS] = ids[1, 1 : TOKENS + 1] = IMAGE
