@@ -25,8 +25,8 @@ class VtcCls(Scorer):
 
     - It selects before the projector, and only survivors are projected; here everything is projected first. The
       projector treats tokens one by one, so the same tokens arrive with the same features.
-    - It takes one image of one square size, and keeps 36 of its 576 tokens by default; here any grid, and a quarter. The
-      views of a multi-crop image share one budget.
+    - It takes one square image, of whose 576 tokens it keeps 36 by default; here any grid, and a quarter. The views of
+      a multi-crop image share one budget.
     - Ties go to the lowest index, where `topk` leaves them open.
 
     Positions are contiguous by default, as in the code.
