@@ -69,10 +69,10 @@ Answer the questions of tasks with one model and one strategy: accuracy per task
 and per document what the answer cost the language model (visual tokens, FLOPs,
 time to first token).
 
-The task `scenes` is bundled. All others come from lmms-eval: its own, and those
-in a folder of yours. A run that was interrupted goes on when it is started again
-with the same --out. Questions that raise are listed and get no answer; then there
-are no scores, and the exit code is 1.
+The tasks `scenes`, `posters`, `clips` and `sizes` are bundled. All others come from
+lmms-eval: its own, and those in a folder of yours. A run that was interrupted goes
+on when it is started again with the same --out. Questions that raise are listed and
+get no answer; then there are no scores, and the exit code is 1.
 """
     + SPEC_HELP
 )
