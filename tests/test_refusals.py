@@ -153,6 +153,18 @@ def test_a_session_that_is_over_is_not_entered() -> None:
         assert run.active
 
 
+@torch.no_grad()
+def test_replicas_are_refused() -> None:
+    """They share the hooks of the model, which know its parts alone."""
+    model, inputs = make_llava(), batch(1).inputs()
+    with vtc.compress(model, "uniform:keep=4"):
+        replica = copy.copy(model.model)  # as shallow as those of torch.nn.DataParallel
+        with pytest.raises(vtc.VtcError, match="DataParallel"):
+            replica(**inputs)
+        model(**inputs)
+    replica(**inputs)
+
+
 def test_an_undeclared_need_is_named() -> None:
     model = make_llava()
     with (

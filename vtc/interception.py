@@ -113,6 +113,11 @@ class Interception:
         return getattr(self._local, "call", None)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._adapter.multimodal:
+            raise VtcError(
+                f"this {type(module).__name__} is a copy of the compressed one, as torch.nn.DataParallel makes them: use "
+                "one process per device, or compress the copy"
+            )
         arguments = bind(module, args, kwargs)
         ahead = arguments.get("mm_encoder_outputs") or {}  # what generate, or the caller, encoded before this call
         self._local.call = Call(
