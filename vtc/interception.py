@@ -115,7 +115,7 @@ class Interception:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self._adapter.multimodal:
             raise VtcError(
-                f"this {type(module).__name__} is a copy of the compressed one, as torch.nn.DataParallel makes them: use "
+                f"this {type(module).__name__} is a copy of the compressed one, as torch.nn.DataParallel makes: use "
                 "one process per device, or compress the copy"
             )
         arguments = bind(module, args, kwargs)
