@@ -8,11 +8,14 @@ Without a GPU on one that is pretended, where Triton's kernels are interpreted i
 from __future__ import annotations
 
 import copy
+import json
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -25,6 +28,7 @@ from combinations import Case
 from families import FAMILIES, GREEDY, LAYERS, ONE_IMAGE, TWO_IMAGES, Batch, Family
 from oracle import CLOSE, error
 from pretend import pretended
+from vtc import cli
 from vtc.compressor import parse
 from vtc.kernels.dispatch import fused
 from watch import Watch
@@ -150,3 +154,12 @@ def test_two_gpus(spec: str, family: Family) -> None:
         out = placed.generate(**moved(prompts.inputs()), **GREEDY)
     assert torch.equal(out.sequences.cpu(), expected.sequences)
     assert run.last is not None and here.last is not None and run.last.kept == here.last.kept
+
+
+def test_vtc_bench(tmp_path: Path) -> None:
+    """Times by events of the device, and peak memory."""
+    given = shlex.split("bench --model tiny-llava --spec divprune --keep 0.25 --limit 2 --device cuda --out")
+    assert cli.main([*given, str(tmp_path)]) == 0
+    for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()):
+        assert "GPU" in row["device"] or REAL
+        assert row["ttft_ms"] is None or row["ttft_ms"] > 0 < row["peak_memory_bytes"], row

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,19 @@ class Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Event:
+    """Events of a device that is never behind."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self, stream: None) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1e3 * (later.time - self.time)  # milliseconds
+
+
 def numbered(x: Any) -> Any:
     """The first GPU instead of any."""
     return torch.device("cuda", 0) if isinstance(x, str | torch.device) and str(x) == "cuda" else x
@@ -114,6 +128,15 @@ def pretended() -> Iterator[None]:
             "_exchange_device": lambda index: index,
             "_maybe_exchange_device": lambda index: index,
             "get_device_capability": lambda device=None: CAPABILITY,
+            "get_device_name": lambda device=None: "GPU that is pretended",
+            "device_count": lambda: 2,
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "current_stream": lambda device=None: None,
+            "synchronize": lambda device=None: None,
+            "reset_peak_memory_stats": lambda device=None: None,
+            "max_memory_allocated": lambda device=None: 2**20,
+            "Event": Event,
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(_guarded())
