@@ -146,7 +146,7 @@ def encode_once(model: Any, inputs: dict[str, Any], pictures: Sequence[int]) -> 
     """`inputs` of `generate` with all media encoded once, however many of the questions are about them.
 
     Rows have media of the same shapes, so every tensor that the encoder takes has an equal part for each. Transformers
-    lets the caller encode media ahead of `generate` from 5.23 on; before, the inputs are returned as they are: same
+    lets the caller encode media ahead of `generate` from 5.18 on; before, the inputs are returned as they are: same
     answers, more work.
     """
     numbers = {picture: number for number, picture in enumerate(dict.fromkeys(pictures))}

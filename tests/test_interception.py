@@ -346,10 +346,12 @@ def test_wrapped_models_are_found(model: Any) -> None:
     assert adapters.find(model.model).multimodal is model.model
 
 
-@encodes_ahead  # earlier releases drop the pixels of a chunked prefill altogether
 @torch.no_grad()
 def test_split_images_are_refused(model: Any) -> None:
     inputs = batch(1).inputs()
+    whole, split = (model.generate(**inputs, **GREEDY, prefill_chunk_size=size).logits for size in (None, 10))
+    if not near(torch.stack(split), torch.stack(whole)):
+        pytest.skip("this transformers release drops the pixels of a chunked prefill")
     with vtc.compress(model, "divprune:keep=3"), pytest.raises((vtc.VtcError, ValueError), match=r"split|chunk"):
         model.generate(**inputs, **GREEDY, prefill_chunk_size=10)
 
