@@ -303,6 +303,23 @@ def test_prompts_of_one_length_under_prepared_masks(text: str, spec: str) -> Non
             assert near(torch.stack(together.logits)[:, row], torch.stack(alone.logits)[:, 0])
 
 
+@pytest.mark.parametrize("spec", [*SPECS, "holitom-inner:keep=4"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_the_default_dtype_does_not_matter(model: Any, kind: torch.dtype, spec: str) -> None:
+    """Some programs change it for the sake of the weights they load."""
+    inputs = batch(1, 2).inputs()
+    with vtc.compress(model, spec) as run:
+        expected = model(**inputs).logits
+        report = run.last.to_dict()  # type: ignore[union-attr]
+        torch.set_default_dtype(kind)
+        try:
+            assert torch.equal(model(**inputs).logits, expected)
+            assert run.last.to_dict() == report  # type: ignore[union-attr]
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 @every_spec
 @torch.no_grad()
 def test_a_saved_cache_goes_on(model: Any, spec: str) -> None:

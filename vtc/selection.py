@@ -79,7 +79,7 @@ class Selection:
     def matrix(self) -> Tensor:
         """`W` written out, `(B, K, N)` float32."""
         batch, kept = self.index.shape
-        dense = torch.zeros(batch, kept * self.size, device=self.index.device)
+        dense = torch.zeros(batch, kept * self.size, dtype=torch.float32, device=self.index.device)
         slot, source, weight = self._entries()
         return dense.scatter_add_(1, slot * self.size + source, weight).view(batch, kept, self.size)
 

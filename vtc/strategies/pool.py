@@ -92,7 +92,7 @@ def _blocks(grid: Grid, kept: Grid, device: torch.device) -> tuple[Tensor, Tenso
     """The `K` blocks of one grid: where each stands `(K,)`, its places `(K, P)` and their shares in its mean."""
     anchor = torch.zeros(1, dtype=torch.long, device=device)  # (K,)
     source = torch.zeros(1, 1, dtype=torch.long, device=device)  # (K, P)
-    weight = torch.ones(1, 1, device=device)  # (K, P)
+    weight = torch.ones(1, 1, dtype=torch.float32, device=device)  # (K, P)
     for size, blocks in zip(grid, kept, strict=True):
         place, share = _windows(size, blocks, device)  # (blocks, window) each
         anchor = (anchor[:, None] * size + centres(blocks, size, device)).flatten()
