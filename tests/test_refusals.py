@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    JambaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import vtc
+from families import llava
 from models import IMAGE, batch, make_llava
 
 
@@ -85,6 +93,14 @@ def with_class_token_in_the_features() -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
+def without_rotary_positions() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 32, "num_experts": 1}
+    text = JambaConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, pad_token_id=0
+    )
+    return llava(text=lambda: text)
+
+
 def two_models() -> nn.Module:
     return nn.ModuleList([make_llava(), make_llava()])
 
@@ -92,6 +108,7 @@ def two_models() -> nn.Module:
 UNSUPPORTED = {
     "text only": (text_only, "random", "not a vision-language model"),
     "a module": (lambda: nn.Linear(2, 2), "random", "not a vision-language model"),
+    "no rotary positions": (without_rotary_positions, "random", "no rotary_emb"),
     "two models": (two_models, "random", "each of them on its own"),
     "no module": (lambda: "llava", "random", "expected a torch.nn.Module"),
     "no class token": (lambda: make_llava("siglip"), "fastervlm", "fastervlm:keep=0.25,saliency=received, .*divprune"),

@@ -70,6 +70,11 @@ class Session:
     def __init__(self, adapter: Adapter, compressors: tuple[Compressor, ...]) -> None:
         self.adapter = adapter
         self.compressors = compressors
+        if not hasattr(adapter.language_model, "rotary_emb"):
+            raise UnsupportedModelError(
+                f"a {type(adapter.language_model).__name__} as language model is not supported: it has no rotary_emb, "
+                "which rotates survivors by their places"
+            )
         outer = [item for item in compressors if item.site == "input"]
         if len(outer) > 1:
             names = ", ".join(str(item) for item in outer)
@@ -152,7 +157,9 @@ class Session:
             if not isinstance(item, DecoderCompressor):
                 continue
             if _sliding(config):
-                raise UnsupportedModelError(f"{item} acts inside a language model, and this one has sliding windows")
+                raise UnsupportedModelError(
+                    f"{item} acts inside a language model, and this one has sliding windows, or layers of another kind"
+                )
             for stage, layer in enumerate(item.cuts(len(layers))):
                 if layer in cuts:
                     raise SpecError(f"{cuts[layer].compressor} and {item} both act in front of decoder layer {layer}")
