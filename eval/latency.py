@@ -145,6 +145,8 @@ class Stopwatch(AbstractContextManager["Stopwatch"]):
         total = dict.fromkeys((*PARTS, "inside"), 0.0)
         for name, start, end in self.spans:
             total[name] += self.clock.between(start, end)
+        if any(module is self.adapter.projector for module in self.adapter.encoder.modules()):
+            total["encoder"] -= total["projector"]
         inside = total.pop("inside")  # the language model
         return {**total, "selection": total["selection"] + inside, "prefill": total["prefill"] - inside}
 

@@ -16,6 +16,7 @@ import torch
 
 import vtc
 from checkpoints import TOKENS, save_llava
+from families import FAMILIES, ONE_IMAGE
 from vtc import adapters, zoo
 from vtc.errors import SpecError, UnsupportedModelError, VtcError
 from vtc.eval import accuracy, bench, costs, flops, latency, plot, scenes, table, tasks
@@ -174,6 +175,7 @@ def test_run_sees_the_true_lengths(loaded: Any, items: list[Item]) -> None:
 
 def test_parts_are_measured_and_hooks_removed(loaded: Any, items: list[Item]) -> None:
     model = loaded[0]
+    latency.run(model, first(loaded, items))  # the first call makes transformers install its own hooks
     before = hooks(model)
     with vtc.compress(model, "divprune:keep=3"):
         compressed = hooks(model)
@@ -181,6 +183,16 @@ def test_parts_are_measured_and_hooks_removed(loaded: Any, items: list[Item]) ->
         assert hooks(model) == compressed
     assert hooks(model) == before
     assert all(run.parts[part] > 0 for part in latency.PARTS)
+    assert sum(run.parts.values()) <= run.ttft
+
+
+@pytest.mark.parametrize("name", ["qwen2vl", "qwen25vl", "qwen3vl"])
+def test_a_projector_inside_the_encoder_counts_once(name: str) -> None:
+    family, pause = FAMILIES[name], 0.3
+    model = family.make()
+    adapters.find(model).projector.register_forward_pre_hook(lambda *args: time.sleep(pause))
+    run = latency.run(model, family.batch([ONE_IMAGE]).inputs())
+    assert run.parts["projector"] >= 1000 * pause and run.parts["encoder"] > 0
     assert sum(run.parts.values()) <= run.ttft
 
 
