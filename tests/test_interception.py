@@ -255,8 +255,13 @@ def test_a_copied_cache_is_its_own(model: Any) -> None:
             cache = copy.deepcopy(prefix)
             assert near(model(input_ids=ids[:, -2:], past_key_values=cache).logits[:, -1], expected)
         assert prefix.get_seq_length() == ids.shape[1] - 2
-        with pytest.raises(vtc.VtcError, match="inside its visual tokens"):
+        with pytest.raises(vtc.VtcError, match="inside its visual tokens") as refused:
             prefix.crop(5)
+        fewest = int(str(refused.value).split()[-3])
+        prefix.crop(fewest)
+        assert prefix.get_seq_length() == fewest < ids.shape[1] - 2
+        with pytest.raises(vtc.VtcError, match="inside its visual tokens"):
+            prefix.crop(fewest - 1)
 
 
 @pytest.mark.parametrize("spec", [*SPECS, "fastv:keep=4,layer=2"])

@@ -103,7 +103,10 @@ class _Compressed:
             return super().crop(tokens)  # type: ignore[misc]
         target = state.length + tokens if tokens <= 0 else min(tokens, state.length)
         if target < state.length and bool(target < state.floor):
-            raise VtcError(f"a compressed cache cannot be cropped to {target} tokens: that is inside its visual tokens")
+            raise VtcError(
+                f"a compressed cache cannot be cropped to {target} tokens: that is inside its visual tokens; "
+                f"crop it to {int(state.floor)} or more"
+            )
         super().crop(target - state.length)  # type: ignore[misc]
         parts = tuple(
             part if part.mask is None else replace(part, mask=part.mask[:, : target - part.dropped])

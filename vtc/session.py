@@ -39,7 +39,7 @@ def compress(model: nn.Module, spec: str | Compressor | Iterable[str | Compresso
     Returns:
         The session: a context manager, with `last` (the report of the most recent call) and `remove()`.
 
-    A model that is already compressed gets the new compressor instead of the old one.
+    A model that is already compressed gets the new compressor instead of the old one, which nothing puts back.
 
     Raises:
         SpecError: the spec is not understood, or asks for more tokens than the model has.
