@@ -158,7 +158,9 @@ def test_two_gpus(spec: str, family: Family) -> None:
 
 def test_vtc_bench(tmp_path: Path) -> None:
     """Times by events of the device, and peak memory."""
-    given = shlex.split("bench --model tiny-llava --spec divprune --keep 0.25 --limit 1 --repeats 2 --device cuda --out")
+    given = shlex.split(
+        "bench --model tiny-llava --spec divprune --keep 0.25 --limit 1 --repeats 2 --device cuda --out"
+    )
     assert cli.main([*given, str(tmp_path)]) == 0
     for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()):
         assert "GPU" in row["device"] or REAL
