@@ -539,7 +539,7 @@ def test_only_strategies_have_a_selection_to_count() -> None:
 
 @pytest.mark.parametrize("frames", [2, 5, 8])
 def test_what_holitom_computes_of_a_clip_does_not_depend_on_it(frames: int) -> None:
-    """Its matrix products, counted by torch: means of frames, and distances within segments."""
+    """Its matrix products, counted by torch: frames with the next, means of frames, and distances within segments."""
     places, width = 12, 256
     layout, cut = Layout.frames(frames, 3, 4, clip=True), frames // 2
     for scale in (0.0, 1.0):  # all stands still, all moves
@@ -547,7 +547,7 @@ def test_what_holitom_computes_of_a_clip_does_not_depend_on_it(frames: int) -> N
         loaders = {"features": lambda x=x: x, "saliency": lambda: torch.rand(1, 1, frames * places)}
         with FlopCounterMode(display=False) as counter:
             vtc.compressor.parse("holitom:keep=6").select(Visual(layout, 1, x.device, loaders))
-        formula = (cut * frames * places + cut * places**2) * width
+        formula = ((frames - 1) * places + cut * frames * places + cut * places**2) * width
         assert counter.get_total_flops() == pytest.approx(2 * formula, rel=0.01)
 
 

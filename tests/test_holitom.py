@@ -162,7 +162,8 @@ def check(selection: Selection, x: Tensor, row: int, expected: dict[int, Tensor]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_budget(size: tuple[int, int, int], kind: str) -> None:
     frames, rows, columns = size
-    clips = [draw(kind, frames, rows * columns, seed) for seed in (0, 1)]
+    # Not seed 1, by which two cosines that are ranked are 1e-7 apart: float32 cannot tell which is larger.
+    clips = [draw(kind, frames, rows * columns, seed) for seed in (0, 2)]
     x, saliency = (torch.stack(part) for part in zip(*clips, strict=True))
     sizes = Layout.frames(*size, clip=True)
     for k in range(1, sizes.tokens + 1):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+
+from vtc.kernels.cosine import lengths, products
+
+SHORTEST = 1e-8  # lengths below that count as that, so that rows of zeros are like nothing
 
 
 def frame_similarity(frames: Tensor) -> Tensor:
     """`(T - 1, N)` float32: cosine of each place in one frame of `(T, N, D)` with the same place in the next.
 
-    There is no kernel: each feature is read once and little is computed, which is what `torch.compile` makes of these
-    lines. `benchmarks/kernels.py` compares them with that, and with a kernel.
+    There is no kernel. Lengths and products read the features three times in all, and write nothing of their size, where
+    `torch.nn.functional.cosine_similarity` writes float32 copies; one pass is what could still be had.
+    `benchmarks/kernels.py` compares this with a kernel and with `torch.compile`.
     """
-    frames = frames.detach().float()
-    return cosine_similarity(frames[1:], frames[:-1], dim=2)
+    frames = frames.detach()
+    length = lengths(frames).clamp_min(SHORTEST)  # (T, N)
+    rows = frames.flatten(0, 1)[:, None]  # (T * N, 1, D)
+    places = frames.shape[1]
+    product = products(rows[places:], rows[: len(rows) - places])  # ((T - 1) * N, 1, 1)
+    return product.view(-1, places) / (length[1:] * length[:-1])
