@@ -12,9 +12,9 @@ SHORTEST = 1e-8  # lengths below that count as that, so that rows of zeros are l
 def frame_similarity(frames: Tensor) -> Tensor:
     """`(T - 1, N)` float32: cosine of each place in one frame of `(T, N, D)` with the same place in the next.
 
-    There is no kernel. Lengths and products read the features three times in all, and write nothing of their size, where
-    `torch.nn.functional.cosine_similarity` writes float32 copies; one pass is what could still be had.
-    `benchmarks/kernels.py` compares this with a kernel and with `torch.compile`.
+    There is no kernel. Lengths and products read the features three times in all, where
+    `torch.nn.functional.cosine_similarity` makes float32 tensors of their size on the way; a kernel could do with once.
+    `benchmarks/kernels.py` compares all of these, and `torch.compile`.
     """
     frames = frames.detach()
     length = lengths(frames).clamp_min(SHORTEST)  # (T, N)
