@@ -189,7 +189,7 @@ def _received(cut: Cut) -> int:
 
 
 def _static(cut: Cut) -> int:
-    """Of a clip: each frame with the next, means of frames, and distances of the means within each segment.
+    """Of a clip: each frame with itself and the next, means of frames, and distances of the means within each segment.
 
     Which places are static depends on the clip, but not how much is computed: segments of at least two frames are
     worked on side by side, as many as there can be, and all places of each.
@@ -197,7 +197,7 @@ def _static(cut: Cut) -> int:
     if cut.frames < 2:
         return 0
     places, segments = cut.before // cut.frames, cut.frames // 2
-    return ((cut.frames - 1) * places + segments * cut.frames * places + segments * places**2) * cut.width
+    return ((2 * cut.frames - 1) * places + segments * cut.frames * places + segments * places**2) * cut.width
 
 
 def _merged_frames(cut: Cut) -> int:

@@ -459,7 +459,7 @@ def test_selection_is_counted_where_tokens_drop() -> None:
         "fastv": 96 * 64 + 56 * 64,
         "pyramiddrop": 96 * 64 + 56 * 64 + 96 * 56 * 32,
         "holitom-inner": 96 * 64 + 56 * 64 + 50 * 8 * 96 + 50 * 96,
-        "holitom": 5 * 40**2 * 40 + (4 * 10 + 2 * 5 * 10 + 2 * 10**2) * 96 + 50 * 96,
+        "holitom": 5 * 40**2 * 40 + (9 * 10 + 2 * 5 * 10 + 2 * 10**2) * 96 + 50 * 96,
     }
     assert {name: selection(name, [cut]).macs for name in by_hand} == by_hand
     assert selection("fastv", [cut, cut]).macs == 2 * by_hand["fastv"]
@@ -539,7 +539,7 @@ def test_only_strategies_have_a_selection_to_count() -> None:
 
 @pytest.mark.parametrize("frames", [2, 5, 8])
 def test_what_holitom_computes_of_a_clip_does_not_depend_on_it(frames: int) -> None:
-    """Its matrix products, counted by torch: frames with the next, means of frames, and distances within segments."""
+    """Its matrix products, counted by torch: of frames with themselves and the next, means, distances."""
     places, width = 12, 256
     layout, cut = Layout.frames(frames, 3, 4, clip=True), frames // 2
     for scale in (0.0, 1.0):  # all stands still, all moves
@@ -547,14 +547,14 @@ def test_what_holitom_computes_of_a_clip_does_not_depend_on_it(frames: int) -> N
         loaders = {"features": lambda x=x: x, "saliency": lambda: torch.rand(1, 1, frames * places)}
         with FlopCounterMode(display=False) as counter:
             vtc.compressor.parse("holitom:keep=6").select(Visual(layout, 1, x.device, loaders))
-        formula = ((frames - 1) * places + cut * frames * places + cut * places**2) * width
+        formula = ((2 * frames - 1) * places + cut * frames * places + cut * places**2) * width
         assert counter.get_total_flops() == pytest.approx(2 * formula, rel=0.01)
 
 
 def test_holitom_is_counted_from_what_the_encoder_sees() -> None:
     cost = estimate("llava-onevision-0.5b", 16 * 196, frames=16, schedule="24:470", strategy="holitom").selection
     width, patches = 896, 27**2
-    clip = (15 * 196 + 8 * 16 * 196 + 8 * 196**2) * width + 16 * 196 * width
+    clip = (31 * 196 + 8 * 16 * 196 + 8 * 196**2) * width + 16 * 196 * width
     assert cost == flops.Count(16 * patches**2 * 1152 + clip)
     grid = estimate("qwen2-vl-2b", 64, grid=(1, 8, 8), schedule="28:9", strategy="holitom").selection
     assert grid == flops.Count((64 * 4) ** 2 * 1280), "of a picture only the attention is read"

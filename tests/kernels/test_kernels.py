@@ -307,6 +307,14 @@ def test_frame_similarity(dtype: torch.dtype) -> None:
     assert error(kernels.frame_similarity(frames), torch.tensor(expected)) < CLOSE
 
 
+@every_dtype
+@pytest.mark.parametrize("width", [16, 48, 896, 3584])
+def test_cosines_of_copies_are_one(width: int, dtype: torch.dtype) -> None:
+    x = draw(1, 50, width, seed=width, dtype=dtype) * torch.logspace(-3, 3, 50, dtype=dtype)[:, None]
+    still = kernels.frame_similarity(torch.cat([x, x.clone(), -x, 0 * x, x]))
+    assert still[0].eq(1).all() and still[1].eq(-1).all() and still[2:].eq(0).all()
+
+
 # --- what runs inside the operators, which no mode sees from outside
 
 
