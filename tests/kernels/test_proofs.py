@@ -21,7 +21,7 @@ PROOFS = {
     "interpreted": ["test_kernels.py", "-p", "interpreter"],
     "compiled for sm_80": ["compiled.py", "-k", "sm_80"],
     "compiled for sm_90": ["compiled.py", "-k", "sm_90"],
-    "on a GPU that is pretended": ["../gpu.py", "--every", "4", "-k", "not vtc_bench"],  # that takes a minute
+    "on a GPU that is pretended": ["../gpu.py", "--every", "8", "-k", "not vtc_bench"],  # that takes a minute
     "kernels on it": ["test_kernels.py", "-p", "on_gpu", "-k", "not bfloat16 and (merge or ties or query_rows)"],
     "benchmark": [],
 }
