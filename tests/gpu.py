@@ -162,6 +162,7 @@ def test_vtc_bench(tmp_path: Path) -> None:
         "bench --model tiny-llava --spec divprune --keep 0.25 --limit 1 --repeats 2 --device cuda --out"
     )
     assert cli.main([*given, str(tmp_path)]) == 0
-    for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()):
-        assert "GPU" in row["device"] or REAL
-        assert row["ttft_ms"] is None or row["ttft_ms"] > 0 < row["peak_memory_bytes"], row
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    timed = [row for row in rows if row["ttft_ms"] is not None]
+    assert {"none", "divprune"} <= {row["strategy"] for row in timed}
+    assert all(row["ttft_ms"] > 0 < row["peak_memory_bytes"] and "CPU" not in row["device"] for row in timed)
